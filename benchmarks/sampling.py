@@ -1,0 +1,602 @@
+"""Samplers against a scan written by hand, and against public solvers: one JSON line a number.
+
+    python -m benchmarks.sampling --out results/sampling.jsonl
+    make bench-peers ARGS="--out results/sampling.jsonl"        the same beside diffrax, torchdiffeq and flow_matching
+
+A timing here is a ratio of two programs that ran in turns (A B, B A, ...) in the same process: the median over the
+pairs of one's time over the other's, so that what slows the machine down slows both. `error` is half the width of the
+median's 68% interval, from order statistics; `cpu` is the same ratio in processor seconds of this process, which other
+processes disturb less. A row with a `goal` says whether it was `met`; rows "control" compare a program with itself
+compiled again, and so show what a ratio of 1 looks like here.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import lax
+
+from fmjax import guidance, sampling, times
+from fmjax.models import dit, mlp
+
+SIGMA = 0.5
+STEPS = (sampling.euler, sampling.heun, sampling.midpoint, sampling.rk4)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures the samplers; prints one JSON line a number."""
+
+    out: Path | None = None
+    """Where the lines are written too, once all are there."""
+    batches: tuple[int, ...] = (1, 1024, 10_000)
+    """Sizes of the batch."""
+    steps: int = 100
+    """Steps of a sampler."""
+    sizes: tuple[int, int] = (10, 1000)
+    """Numbers of steps whose compiled programs must be of one size."""
+    width: int = 64
+    """Of the network."""
+    depth: int = 4
+    """Of the network."""
+    guidance_batch: int = 1024
+    """Points in the measurement of guidance."""
+    image_batch: int = 256
+    """Images in the measurement of guidance."""
+    image_steps: int = 10
+    """Steps of a sampler of images."""
+    seconds: float = 8.0
+    """About how long to measure one comparison; a longer one is less noisy."""
+    repeats: int = 21
+    """Pairs of runs at least, unless they would take ten times as long as that."""
+    compiles: int = 7
+    """Pairs of compilations."""
+    asynchronous: bool = False
+    """Whether JAX hands a program over to another thread, its default on a CPU, rather than run it in the caller's."""
+    only: tuple[str, ...] = ()
+    """Parts to measure, by the names on the progress lines; all of them where none is named."""
+    peers: bool = True
+    """Whether to measure the public solvers that are installed."""
+    seed: int = 0
+    """Of the weights and the noise."""
+
+
+def main(config: Config):
+    # Set for emulated devices by the Makefile; here it would only give XLA more threads than there are cores.
+    os.environ.pop("PJRT_NPROC", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_cpu_enable_async_dispatch", config.asynchronous)
+    where = describe()
+    lines = []
+    for row in measure(config):
+        lines.append(json.dumps(finish(row, where)))
+        print(lines[-1], flush=True)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text("\n".join(lines) + "\n")
+
+
+def measure(config):
+    """All rows, part by part."""
+    parts = [sizes, ode, sde, control, guided_points, guided_images]
+    if config.peers:
+        parts += [part for part, peers in PEERS.items() if ready(part, peers)]
+    if config.only:
+        parts = [part for part in (*parts, handed_over) if part.__name__ in config.only]
+    start = time.perf_counter()
+    for part in parts:
+        print(f"{time.perf_counter() - start:6.0f} s  {part.__name__}", file=sys.stderr, flush=True)
+        yield from part(config)
+    print(f"{time.perf_counter() - start:6.0f} s  done", file=sys.stderr, flush=True)
+
+
+# What a line says.
+
+
+def row(name, value, unit, *, most=None, equal=None, packages=(), **more):
+    """A number, the most it may be or what it must be equal to, and the peers that it involves."""
+    verdict = {}
+    if most is not None:
+        verdict = {"goal": f"<= {most:g}", "met": bool(value <= most)}
+    if equal is not None:
+        verdict = {"goal": f"== {equal}", "met": bool(value == equal)}
+    return {"name": name, "value": value, "unit": unit, **verdict, **more, "packages": packages}
+
+
+def describe():
+    """What every line has: the device and the commit, as they are before anything is written."""
+    device = jax.devices()[0]
+    kind = f"cpu {platform.machine()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    return {"device": kind, "commit": commit()}
+
+
+def commit():
+    """The checkout's commit, with -dirty where files differ from it."""
+
+    def git(*arguments):
+        return subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("rev-parse", "--short", "--verify", "HEAD") or "none") + ("-dirty" if git("status", "--porcelain") else "")
+
+
+def finish(row, where):
+    """A row with the device, the versions and the commit; one from another process has them."""
+    if "versions" in row:
+        return row
+    row = dict(row)
+    packages = ("jax", "jaxlib", "flax", *row.pop("packages"))
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    value = row.pop("value")
+    value = short(value) if isinstance(value, float) else value
+    return {"name": row.pop("name"), "value": value, **row, **where, "versions": versions}
+
+
+# How a line is measured.
+
+
+def in_turns(config, calls, least=3e-3):
+    """Seconds of each call, and processor seconds of each, (n, len(calls)) both, in turns: A B, B A, A B ...
+
+    Short calls are repeated within a turn for at least `least` seconds. The pause lets the other library's threads, which
+    spin for a moment after their work, go to sleep.
+    """
+    single = []
+    for call in calls:
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        single.append(time.perf_counter() - start)
+    inner = [max(1, math.ceil(least / seconds)) for seconds in single]
+    round_trip = sum(count * seconds for count, seconds in zip(inner, single, strict=True))
+    least_n = max(2, min(config.repeats, int(10 * config.seconds / round_trip)))
+    n = min(max(least_n, int(config.seconds / round_trip)), 20 * config.repeats)
+    wall, cpu = np.zeros((2, n, len(calls)))
+    for i in range(n):
+        for j in range(len(calls))[:: 1 if i % 2 else -1]:
+            time.sleep(2e-3)
+            start, start_cpu = time.perf_counter(), time.process_time()
+            for _ in range(inner[j]):
+                jax.block_until_ready(calls[j]())
+            wall[i, j], cpu[i, j] = (time.perf_counter() - start) / inner[j], (time.process_time() - start_cpu) / inner[j]
+    return wall, cpu
+
+
+def compilations(config, functions, arguments):
+    """Seconds to trace and compile each function, (n, len(functions)), in turns, each time as a new function; none is kept."""
+
+    def once(function, arguments):
+        fresh = jax.jit(lambda *arguments: function(*arguments))
+        start, start_cpu = time.perf_counter(), time.process_time()
+        fresh.lower(*arguments).compile()
+        return time.perf_counter() - start, time.process_time() - start_cpu
+
+    wall, cpu = np.zeros((2, config.compiles + 1, len(functions)))
+    for i in range(config.compiles + 1):
+        for j in range(len(functions))[:: 1 if i % 2 else -1]:
+            wall[i, j], cpu[i, j] = once(functions[j], arguments[j])
+    return wall[1:], cpu[1:]
+
+
+def ratio(name, measured, over, under, **more):
+    """The row of a ratio of two columns of what `in_turns` or `compilations` measured."""
+    wall, cpu = (seconds[:, [over, under]] for seconds in measured)
+    pairs = np.sort(wall[:, 0] / wall[:, 1])
+    n = len(pairs)
+    low, high = max(0, math.floor(n / 2 - math.sqrt(n) / 2)), min(n - 1, math.ceil(n / 2 + math.sqrt(n) / 2))
+    extra = {
+        "error": short((pairs[high] - pairs[low]) / 2, 2),
+        "fastest": short(wall[:, 0].min() / wall[:, 1].min()),
+        "cpu": short(cpu[:, 0].sum() / max(cpu[:, 1].sum(), 1e-9)),
+        "milliseconds": [short(1e3 * wall[:, i].min()) for i in range(2)],
+        "pairs": n,
+        "load": short(os.getloadavg()[0], 2),
+    }
+    return row(name, float(np.median(pairs)), "ratio", **extra, **more)
+
+
+def short(value, digits=4):
+    """A number of a few significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def difference(name, a, b, **more):
+    """The row of the largest absolute difference of two results."""
+    return row(name, float(np.abs(np.asarray(a) - np.asarray(b)).max()), "max abs difference", **more)
+
+
+def program(function, *arguments):
+    """The optimised program's instructions as text, less what depends on names and on where the source stands."""
+    text = jax.jit(function).lower(*arguments).compile().as_text() or ""
+    lines = [line for line in text.splitlines() if re.match(r"\s*(ROOT )?%|ENTRY", line)]
+    text = re.sub(r", metadata=\{[^}]*\}", "", "\n".join(lines))
+    names = {}
+    return re.sub(r"%[\w.\-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), text)
+
+
+def same_program(name, functions, *arguments):
+    """The row that says whether two functions compile to the same program, so that their run times cannot differ."""
+    ours, theirs = (program(function, *arguments) for function in functions)
+    return row(f"{name}: compiled programs equal", int(ours == theirs), "1 or 0", equal=1)
+
+
+def network(config, classes=None):
+    """The perceptron and its weights at random."""
+    model = mlp.MLP(width=config.width, depth=config.depth, classes=classes)
+    labels = () if classes is None else (jnp.zeros(1, int),)
+    return model, model.init(jax.random.key(config.seed), jnp.zeros((1, 2)), 0.5, *labels)
+
+
+def start_at(config, batch):
+    """A sampler's noise, and another key."""
+    key, key_0 = jax.random.split(jax.random.key(config.seed + 1))
+    return key, sampling.noise(key_0, (batch, 2))
+
+
+# The samplers, and the same by hand.
+
+
+def our_ode(model, params, x_0, grid, step=sampling.euler):
+    return sampling.sample_ode(lambda x, t: model.apply(params, x, t), x_0, grid, step=step)[0]
+
+
+def our_sde(model, params, key, x_0, grid):
+    return sampling.sample_sde(lambda x, t: model.apply(params, x, t), SIGMA, key, x_0, grid)[0]
+
+
+def hand_ode(model, params, x_0, grid):
+    """Euler's method as one would write it."""
+
+    def body(x, interval):
+        t, dt = interval
+        return x + dt * model.apply(params, x, t), None
+
+    return lax.scan(body, x_0, (grid[:-1], jnp.diff(grid)))[0]
+
+
+def hand_sde_one_key(model, params, key, x_0, grid):
+    """Euler and Maruyama's method as one would write it, one key a step for the whole batch."""
+
+    def body(carry, interval):
+        (x, key), (t, dt) = carry, interval
+        key, key_step = jax.random.split(key)
+        x = x + dt * model.apply(params, x, t) + jnp.sqrt(dt) * SIGMA * jax.random.normal(key_step, x.shape)
+        return (x, key), None
+
+    return lax.scan(body, (x_0, key), (grid[:-1], jnp.diff(grid)))[0][0]
+
+
+def hand_sde_key_each(model, params, key, x_0, grid):
+    """The same with a key an example, so that no example's noise depends on the size of the batch: what fmjax promises."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x_0)))
+
+    def body(x, interval):
+        index, t, dt = interval
+        keys_step = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        epsilon = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys_step)
+        return x + dt * model.apply(params, x, t) + jnp.sqrt(dt) * SIGMA * epsilon, None
+
+    return lax.scan(body, x_0, (jnp.arange(len(grid) - 1), grid[:-1], jnp.diff(grid)))[0]
+
+
+def sizes(config):
+    """The compiled size of each sampler, which must not grow with the number of steps.
+
+    The size is the length of the optimised program's text with every number written as 0, since the number of steps is
+    itself one of the numbers; and the bytes of machine code, on the devices that tell.
+    """
+    model, params = network(config)
+    key, x_0 = start_at(config, config.batches[0])
+    programs = [(f"sample_ode, {step.__name__}", functools.partial(our_ode, model, step=step), (params, x_0)) for step in STEPS]
+    programs += [("sample_sde, euler_maruyama", functools.partial(our_sde, model), (params, key, x_0))]
+    for name, program, arguments in programs:
+        compiled = [jax.jit(program).lower(*arguments, times.grid(steps)).compile() for steps in config.sizes]
+        text = [len(re.sub(r"\d+", "0", each.as_text() or "")) for each in compiled]
+        code = [getattr(each.memory_analysis(), "generated_code_size_in_bytes", 0) for each in compiled]
+        for unit, (few, many) in {"characters of HLO": text, "bytes of machine code": code}.items():
+            if few or many:
+                yield row(f"compiled size of {name}, {config.sizes[0]} steps", few, unit)
+                yield row(f"compiled size of {name}, {config.sizes[1]} steps", many, unit, equal=few)
+
+
+def ode(config):
+    """`sample_ode` over Euler's method written by hand."""
+    model, params = network(config)
+    grid = times.grid(config.steps)
+    functions = [functools.partial(our_ode, model), functools.partial(hand_ode, model)]
+    for batch in config.batches:
+        _, x_0 = start_at(config, batch)
+        calls = [functools.partial(jax.jit(function), params, x_0, grid) for function in functions]
+        against = f"sample_ode over a scan by hand, batch {batch}"
+        yield same_program(against, functions, params, x_0, grid)
+        yield difference(f"{against}: results", calls[0](), calls[1]())
+        yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, most=1.03)
+        compiled = compilations(config, functions, [(params, x_0, grid)] * 2)
+        yield ratio(f"{against}: compile time", compiled, 0, 1, most=1.2)
+
+
+def sde(config):
+    """`sample_sde` over Euler and Maruyama's method written by hand, with a key an example and with one for all."""
+    model, params = network(config)
+    grid = times.grid(config.steps)
+    functions = [functools.partial(function, model) for function in (our_sde, hand_sde_key_each, hand_sde_one_key)]
+    for batch in config.batches:
+        key, x_0 = start_at(config, batch)
+        calls = [functools.partial(jax.jit(function), params, key, x_0, grid) for function in functions]
+        against = f"sample_sde over a scan by hand with a key an example, batch {batch}"
+        against_one = f"sample_sde over a scan by hand with one key for the batch, batch {batch}"
+        yield same_program(against, functions[:2], params, key, x_0, grid)
+        yield difference(f"{against}: results", calls[0](), calls[1]())
+        ran = in_turns(config, calls)
+        yield ratio(f"{against}: run time", ran, 0, 1, most=1.03)
+        yield ratio(f"{against_one}: run time", ran, 0, 2, most=1.03)
+        compiled = compilations(config, functions, [(params, key, x_0, grid)] * 3)
+        yield ratio(f"{against}: compile time", compiled, 0, 1, most=1.2)
+        yield ratio(f"{against_one}: compile time", compiled, 0, 2, most=1.2)
+
+
+def control(config):
+    """The scan written by hand over itself: what a ratio of 1 looks like on this machine."""
+    model, params = network(config)
+    grid = times.grid(config.steps)
+    for batch in config.batches:
+        _, x_0 = start_at(config, batch)
+        calls = [functools.partial(jax.jit(functools.partial(hand_ode, model)), params, x_0, grid) for _ in range(2)]
+        yield ratio(f"control, a scan by hand over itself, batch {batch}: run time", in_turns(config, calls), 0, 1)
+
+
+def guided(config, name, model, params, x_0, y, null, grid):
+    """Classifier-free guidance over none: the same work at scale 1, twice the batch at another."""
+
+    def none(params, x_0, y):
+        return sampling.sample_ode(lambda x, t: model.apply(params, x, t, y), x_0, grid, step=sampling.euler)[0]
+
+    def scaled(scale, params, x_0, y):
+        field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, null, scale)
+        return sampling.sample_ode(field, x_0, grid, step=sampling.euler)[0]
+
+    functions = [functools.partial(scaled, 1.0), functools.partial(scaled, 3.0), none]
+    calls = [functools.partial(jax.jit(function), params, x_0, y) for function in functions]
+    yield same_program(f"guidance at scale 1 over none, {name}", functions[::2], params, x_0, y)
+    yield difference(f"guidance at scale 1 over none, {name}: results", calls[0](), calls[2]())
+    ran = in_turns(config, calls)
+    yield ratio(f"guidance at scale 1 over none, {name}: run time", ran, 0, 2, most=1.02)
+    yield ratio(f"guidance at scale 3 over none, {name}: run time", ran, 1, 2, most=2.05)
+
+
+def guided_points(config):
+    """Guidance of the perceptron."""
+    model, params = network(config, classes=10)
+    _, x_0 = start_at(config, config.guidance_batch)
+    y = jnp.arange(config.guidance_batch) % 10
+    yield from guided(config, f"MLP, batch {config.guidance_batch}", model, params, x_0, y, 10, times.grid(config.steps))
+
+
+def guided_images(config):
+    """Guidance of a small diffusion transformer."""
+    model = dit.DiT(patch=2, width=64, depth=2, heads=4, classes=10, scan=True)
+    x_0 = sampling.noise(jax.random.key(config.seed + 1), (config.image_batch, 8, 8, 1))
+    y = jnp.arange(config.image_batch) % 10
+    # Weights at random, since a new transformer gives zero everywhere.
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x_0, 0.5, y)
+    leaves, structure = jax.tree.flatten(shapes)
+    random = np.random.default_rng(config.seed)
+    params = jax.tree.unflatten(structure, [jnp.asarray(0.05 * random.standard_normal(leaf.shape, np.float32)) for leaf in leaves])
+    yield from guided(config, f"DiT, batch {config.image_batch}", model, params, x_0, y, 10, times.grid(config.image_steps))
+
+
+# The public solvers. They are imported by name and only where they are installed.
+
+
+def ready(part, peers):
+    """Whether a part's peers are installed; a line says so where not."""
+    missing = [name for name in peers if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{part.__name__}: {' and '.join(missing)} not installed; `make bench-peers` makes the environment", file=sys.stderr)
+    return not missing
+
+
+def diffrax_euler(diffrax, model, steps, params, x_0, grid, throw=True):
+    """diffrax's Euler with constant steps, its other settings as they come."""
+    term = diffrax.ODETerm(lambda t, x, _: model.apply(params, x, t))
+    constant = diffrax.ConstantStepSize()
+    solution = diffrax.diffeqsolve(term, diffrax.Euler(), t0=0.0, t1=1.0, dt0=1 / steps, y0=x_0, stepsize_controller=constant, throw=throw)
+    return solution.ys[-1]
+
+
+def asynchronous(config):
+    """The part `handed_over` in a process of its own, in which JAX hands programs over to another thread."""
+    fields = ("steps", "width", "depth", "seconds", "repeats", "seed")
+    flags = [f"--{field}={getattr(config, field)}" for field in fields] + ["--batches", str(config.batches[0])]
+    command = [sys.executable, "-m", "benchmarks.sampling", "--asynchronous", "--only", "handed_over", *flags]
+    child = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    yield from map(json.loads, child.stdout.splitlines())
+
+
+def handed_over(config):
+    """diffrax over `sample_ode` where programs are handed over to another thread, except those that may call the host.
+
+    Its check for errors is such a call; with `throw=False` it has none.
+    """
+    diffrax = importlib.import_module("diffrax")
+    model, params = network(config)
+    grid, batch = times.grid(config.steps), config.batches[0]
+    _, x_0 = start_at(config, batch)
+    theirs = [functools.partial(diffrax_euler, diffrax, model, config.steps, throw=throw) for throw in (True, False)]
+    functions = [*theirs, functools.partial(our_ode, model)]
+    ran = in_turns(config, [functools.partial(jax.jit(function), params, x_0, grid) for function in functions])
+    for i, name in enumerate(("diffrax", "diffrax, throw=False,")):
+        yield ratio(f"{name} over sample_ode, batch {batch}, asynchronous dispatch: run time", ran, i, 2, packages=("diffrax",))
+
+
+def diffrax_ode(config):
+    """diffrax over `sample_ode`."""
+    diffrax = importlib.import_module("diffrax")
+    model, params = network(config)
+    grid = times.grid(config.steps)
+
+    functions = [functools.partial(diffrax_euler, diffrax, model, config.steps), functools.partial(our_ode, model)]
+    for batch in config.batches:
+        _, x_0 = start_at(config, batch)
+        calls = [functools.partial(jax.jit(function), params, x_0, grid) for function in functions]
+        against = f"diffrax over sample_ode, batch {batch}"
+        packages = ("diffrax",)
+        yield difference(f"{against}: results", calls[0](), calls[1](), packages=packages)
+        yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, packages=packages)
+        compiled = compilations(dataclasses.replace(config, compiles=max(1, config.compiles // 2)), functions, [(params, x_0, grid)] * 2)
+        yield ratio(f"{against}: compile time", compiled, 0, 1, packages=packages)
+
+
+def diffrax_sde(config):
+    """diffrax with a virtual Brownian tree over `sample_sde`. The noise is another, so means and deviations are compared."""
+    diffrax, lineax = map(importlib.import_module, ("diffrax", "lineax"))
+    model, params = network(config)
+    grid = times.grid(config.steps)
+
+    def theirs(params, key, x_0, grid):
+        motion = diffrax.VirtualBrownianTree(0.0, 1.0, tol=0.5 / config.steps, shape=x_0.shape, key=key)
+        drift = diffrax.ODETerm(lambda t, x, _: model.apply(params, x, t))
+        diffusion = diffrax.ControlTerm(lambda t, x, _: lineax.DiagonalLinearOperator(jnp.full_like(x, SIGMA)), motion)
+        solution = diffrax.diffeqsolve(diffrax.MultiTerm(drift, diffusion), diffrax.Euler(), t0=0.0, t1=1.0, dt0=1 / config.steps, y0=x_0)
+        return solution.ys[-1]
+
+    functions = [theirs, functools.partial(our_sde, model)]
+    for batch in config.batches:
+        key, x_0 = start_at(config, batch)
+        calls = [functools.partial(jax.jit(function), params, key, x_0, grid) for function in functions]
+        against = f"diffrax, VirtualBrownianTree, over sample_sde, batch {batch}"
+        packages = ("diffrax", "lineax")
+        if batch > 1000:
+            a, b = (np.asarray(call()) for call in calls)
+            yield difference(f"{against}: means of the results", a.mean(0), b.mean(0), packages=packages)
+            yield difference(f"{against}: standard deviations of the results", a.std(0), b.std(0), packages=packages)
+        yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, packages=packages)
+        compiled = compilations(
+            dataclasses.replace(config, compiles=max(1, config.compiles // 2)), functions, [(params, key, x_0, grid)] * 2
+        )
+        yield ratio(f"{against}: compile time", compiled, 0, 1, packages=packages)
+
+
+def torch_network(torch, params, depth):
+    """The same network with the same weights in PyTorch, (t, x) -> like x."""
+    layers = []
+    for i in range(depth + 1):
+        dense = params["params"][f"Dense_{i}"]
+        linear = torch.nn.Linear(*dense["kernel"].shape)
+        with torch.no_grad():
+            linear.weight.copy_(torch.tensor(np.asarray(dense["kernel"]).T.copy()))
+            linear.bias.copy_(torch.tensor(np.asarray(dense["bias"]).copy()))
+        layers += [linear, torch.nn.SiLU()]
+    body = torch.nn.Sequential(*layers[:-1])
+    return lambda t, x: body(torch.cat([t.expand(len(x), 1), x], dim=-1))
+
+
+def torch_forward(config):
+    """PyTorch over JAX, without any sampler: one evaluation of the network, and what it is made of."""
+    torch = importlib.import_module("torch")
+    model, params = network(config)
+    velocity, packages = torch_network(torch, params, config.depth), ("torch",)
+    key = jax.random.key(config.seed)
+    matrix = jax.random.normal(key, (config.width, config.width))
+    torch_matrix = torch.tensor(np.asarray(matrix).copy())
+    time_half = torch.tensor(0.5)
+    for batch in config.batches:
+        _, x_0 = start_at(config, batch)
+        h = jax.random.normal(key, (batch, config.width))
+        torch_x, torch_h = (torch.tensor(np.asarray(array).copy()) for array in (x_0, h))
+        pairs = {
+            "one evaluation of the network": (
+                lambda x=torch_x: velocity(time_half, x),
+                functools.partial(jax.jit(model.apply), params, x_0, 0.5),
+            ),
+            f"a product with {config.width} x {config.width}": (
+                lambda h=torch_h: h @ torch_matrix,
+                functools.partial(jax.jit(jnp.matmul), h, matrix),
+            ),
+            "silu": (lambda h=torch_h: torch.nn.functional.silu(h), functools.partial(jax.jit(lambda h: jax.nn.silu(h)), h)),
+        }
+        for name, calls in pairs.items():
+            for threads in torch_threads(torch):
+                with torch.inference_mode():
+                    measured = in_turns(dataclasses.replace(config, seconds=config.seconds / 4), calls)
+                yield ratio(f"PyTorch, {threads}, over JAX, {name}, batch {batch}: run time", measured, 0, 1, packages=packages)
+
+
+def torch_threads(torch):
+    """Sets PyTorch's number of threads, to one and to its default, and says which.
+
+    Its threads wait for each other at every operation, so on busy cores several are slower than one by far.
+    """
+    default = torch.get_num_threads()
+    for count in (1, default):
+        torch.set_num_threads(count)
+        yield f"{count} thread{'s' if count > 1 else ''}"
+
+
+def torchdiffeq_ode(config):
+    """torchdiffeq over `sample_ode`, eager as it comes."""
+    torch, torchdiffeq = map(importlib.import_module, ("torch", "torchdiffeq"))
+    grid = torch.linspace(0, 1, config.steps + 1)
+
+    def theirs(velocity, x_0):
+        return torchdiffeq.odeint(velocity, x_0, grid, method="euler")[-1]
+
+    yield from torch_ode(config, torch, theirs, "torchdiffeq")
+
+
+def flow_matching_ode(config):
+    """flow_matching's `ODESolver` over `sample_ode`, eager as it comes."""
+    torch, solver = map(importlib.import_module, ("torch", "flow_matching.solver"))
+
+    def theirs(velocity, x_0):
+        return solver.ODESolver(lambda x, t: velocity(t, x)).sample(x_0, step_size=1 / config.steps, method="euler")
+
+    yield from torch_ode(config, torch, theirs, "flow_matching")
+
+
+def torch_ode(config, torch, theirs, name):
+    """A solver of PyTorch over `sample_ode`."""
+    model, params = network(config)
+    grid = times.grid(config.steps)
+    velocity, packages = torch_network(torch, params, config.depth), (name, "torch")
+    quick = dataclasses.replace(config, seconds=config.seconds / 2)
+    for batch in config.batches:
+        _, x_0 = start_at(config, batch)
+        torch_x = torch.tensor(np.asarray(x_0).copy())
+        ours = functools.partial(jax.jit(functools.partial(our_ode, model)), params, x_0, grid)
+        calls = [functools.partial(theirs, velocity, torch_x), ours]
+        for threads in torch_threads(torch):
+            with torch.inference_mode():
+                results, measured = [np.asarray(call()) for call in calls], in_turns(quick, calls)
+            against = f"{name}, {threads}, over sample_ode, batch {batch}"
+            yield difference(f"{against}: results", *results, packages=packages)
+            yield ratio(f"{against}: run time", measured, 0, 1, packages=packages)
+
+
+PEERS = {
+    diffrax_ode: ("diffrax",),
+    asynchronous: ("diffrax",),
+    diffrax_sde: ("diffrax",),
+    torch_forward: ("torch",),
+    torchdiffeq_ode: ("torch", "torchdiffeq"),
+    flow_matching_ode: ("torch", "flow_matching"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))

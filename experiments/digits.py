@@ -1,0 +1,213 @@
+"""Handwritten digits by class: a flow model with classifier-free guidance, trained here and now.
+
+    python -m experiments.digits                       trains, samples and draws, in runs/digits
+    python -m experiments.digits --no-train --seed 1   samples again from the checkpoint there
+
+A small DiT learns the velocity of the linear path on scikit-learn's 1,437 training digits of 8 x 8 pixels. The folder
+of the run then holds config.json, metrics.json, loss.png, samples.png, trajectories.png and the checkpoint.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from sklearn.svm import SVC
+
+from fmjax import checkpoints, guidance, losses, metrics, paths, sampling, times, training
+from fmjax.data import digits
+from fmjax.models import dit
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a class-conditional flow model on handwritten digits, and draws its samples."""
+
+    folder: Path = Path("runs/digits")
+    """Where the run is written."""
+    train: bool = True
+    """Whether to train; otherwise the checkpoint in the folder is sampled again (with the network's flags as then)."""
+    path: paths.Linear | paths.Cosine | paths.Polynomial = paths.Linear()
+    """How noise becomes data."""
+    patch: int = 4
+    """Side of a patch, in pixels."""
+    width: int = 128
+    """Features of a patch."""
+    depth: int = 4
+    """Blocks of the transformer."""
+    heads: int = 4
+    """Heads of its attention."""
+    dropout: float = 0.0
+    """Share of a block's output that training drops."""
+    steps: int = 3000
+    """Training steps."""
+    batch: int = 128
+    """Digits a step."""
+    learning_rate: float = 2e-3
+    """Of AdamW, after a warm-up over 5% of the steps, before its cosine decay to zero."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    ema_decay: float = 0.998
+    """Of the average of the parameters that is sampled."""
+    label_drop: float = 0.1
+    """The notes' eta: how often a label is replaced by none, for guidance."""
+    guidance: tuple[float, ...] = (1.0, 3.0, 5.0)
+    """The guidance scales to draw and to measure; 1 is none."""
+    samples: int = 50
+    """Samples of each digit at every scale, for the accuracy of labels."""
+    evaluations: int = 30
+    """Euler steps of a sample."""
+    seed: int = 0
+    """Of everything random."""
+
+
+def main(config: Config):
+    start = time.perf_counter()
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (train, train_labels), (test, test_labels) = digits.load()
+    model = dit.DiT(config.patch, config.width, config.depth, config.heads, digits.CLASSES, dropout=config.dropout, scan=True)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 20, config.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay))
+    key_init, key_batch, key_train, key_sample = jax.random.split(jax.random.key(config.seed), 4)
+
+    def loss_fn(params, key, batch):
+        x_1, y = batch
+        key_0, key_t, key_drop, key_dropout = jax.random.split(key, 4)
+        x_0, t = jax.random.normal(key_0, x_1.shape), times.stratified(key_t, len(x_1))
+        y = guidance.drop_labels(key_drop, y, digits.CLASSES, config.label_drop)
+
+        def field(x, t):
+            return model.apply(params, x, t, y, deterministic=False, rngs={"dropout": key_dropout})
+
+        return losses.flow_matching(field, config.path, x_0, x_1, t).mean()
+
+    def batches():
+        images, labels = jnp.asarray(train), jnp.asarray(train_labels)
+
+        @jax.jit
+        def take(step):
+            index = jax.random.choice(jax.random.fold_in(key_batch, step), len(images), (config.batch,), replace=False)
+            return images[index], labels[index]
+
+        yield from map(take, range(config.steps))
+
+    state = training.init(model.init(key_init, train[:1], 0.5, train_labels[:1]), optimizer)
+    checkpoint = config.folder / "checkpoint"
+    if config.train:
+        (config.folder / "config.json").write_text(
+            json.dumps(dataclasses.asdict(config) | {"path": repr(config.path)}, indent=2, default=str) + "\n"
+        )
+        step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
+        save = functools.partial(checkpoints.save, checkpoint)
+        state, history = training.fit(step, state, batches(), key_train, steps=config.steps, every=25, save=save)
+        draw_loss(config.folder / "loss.png", history)
+    else:
+        state = checkpoints.restore(checkpoint, state)
+    trained = time.perf_counter()
+
+    grid = times.grid(config.evaluations)
+
+    @functools.partial(jax.jit, static_argnames=("scale", "save"))
+    def sample(params, x_0, y, scale, save=None):
+        field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, digits.CLASSES, scale)
+        return sampling.sample_ode(field, x_0, grid, step=sampling.euler, save=save)
+
+    judge = SVC(C=10).fit(flat(train), train_labels)
+    y = jnp.repeat(jnp.arange(digits.CLASSES), config.samples)
+    x_0 = sampling.noise(key_sample, (len(y), *train.shape[1:]))
+    report = {"classifier accuracy on held-out digits": judge.score(flat(test), test_labels)}
+    pictures = {}
+    for scale in config.guidance:
+        x_1 = sample(state.ema, x_0, y, scale)[0]
+        pictures[scale] = np.asarray(x_1).reshape(digits.CLASSES, config.samples, *x_1.shape[1:])
+        report[f"label accuracy at guidance {scale:g}"] = judge.score(flat(x_1), y)
+
+    # As many samples as training digits, with their labels, so that both distances have the same bias.
+    noise = sampling.noise(jax.random.fold_in(key_sample, 1), train.shape)
+    unguided = sample(state.ema, noise, jnp.asarray(train_labels), 1.0)[0]
+    of_samples, of_train = (metrics.frechet_distance(images, test) for images in (unguided, train))
+    report |= {
+        "Frechet distance, samples to held-out": of_samples,
+        "Frechet distance, training to held-out": of_train,
+        "Frechet distance, ratio": of_samples / of_train,
+        "nearest training digit, median distance of samples": float(jnp.median(metrics.nearest_distance(unguided, train))),
+        "nearest training digit, median distance of held-out": float(jnp.median(metrics.nearest_distance(test, train))),
+    }
+    draw_samples(config.folder / "samples.png", pictures)
+    moments = sample(state.ema, x_0[:: config.samples], y[:: config.samples], config.guidance[len(config.guidance) // 2], keep)[1]
+    draw_trajectories(config.folder / "trajectories.png", np.asarray(moments), np.asarray(grid))
+    report |= {"seconds to train": trained - start, "seconds in all": time.perf_counter() - start}
+    (config.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+    for name, value in report.items():
+        print(f"{name:56} {value:8.3f}")
+    print(f"\nThe run is in {config.folder}/: samples.png, trajectories.png, loss.png, metrics.json, config.json, checkpoint/")
+
+
+def flat(images):
+    return np.asarray(images).reshape(len(images), -1)
+
+
+def keep(x, t):
+    return x
+
+
+def draw_loss(file, history):
+    """The training loss, a pixel."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot([row["step"] for row in history], [row["loss"] for row in history])
+    axes.set(xlabel="step", ylabel="flow matching loss a pixel", yscale="log")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def draw_samples(file, pictures, columns=12):
+    """A row a digit, a block a guidance scale."""
+    figure, blocks = plt.subplots(1, len(pictures), figsize=(4 * len(pictures), 3.7), layout="constrained", squeeze=False)
+    for axes, (scale, images) in zip(blocks[0], pictures.items(), strict=True):
+        axes.imshow(tile(images[:, :columns, :, :, 0]), cmap="gray_r", vmin=-1, vmax=1)
+        axes.set(
+            title="no guidance" if scale == 1 else f"guidance {scale:g}",
+            xticks=[],
+            yticks=np.arange(len(images)) * 9 + 4,
+            yticklabels=range(len(images)),
+        )
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def draw_trajectories(file, moments, grid, columns=11):
+    """Noise becoming digits: a row a digit, time from left to right."""
+    chosen = np.linspace(0, len(grid) - 1, columns).round().astype(int)
+    figure, axes = plt.subplots(figsize=(6, 5.6), layout="constrained")
+    axes.imshow(tile(moments[chosen, :, :, :, 0].swapaxes(0, 1)), cmap="gray_r", vmin=-1, vmax=1)
+    axes.set(
+        xlabel="t",
+        xticks=np.arange(columns) * 9 + 4,
+        xticklabels=[f"{grid[i]:.1f}" for i in chosen],
+        yticks=np.arange(moments.shape[1]) * 9 + 4,
+        yticklabels=range(moments.shape[1]),
+    )
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def tile(images):
+    """(rows, columns, height, width) to one image, with a line of the background between."""
+    rows, columns, height, width = images.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=-1)
+    return padded.swapaxes(1, 2).reshape(rows * (height + 1), columns * (width + 1))[:-1, :-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))

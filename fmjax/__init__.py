@@ -1,0 +1,1 @@
+"""Flow matching and diffusion models as pure functions in JAX and Flax."""

@@ -1,0 +1,1 @@
+"""Data: toy distributions of the plane, and real images."""

@@ -1,0 +1,176 @@
+"""Marginals: the exact p_t, velocity and score where the data are a Gaussian mixture or a finite set.
+
+With data sum_k w_k N(m_k, s_k^2) and the path x_t = alpha_t x_1 + beta_t x_0,
+
+    p_t(x) = sum_k w_k N(x; alpha m_k, v_k),    v_k = alpha^2 s_k^2 + beta^2                      (1)
+    r_k(x) = w_k N(x; alpha m_k, v_k) / p_t(x)                            (posterior of k)        (2)
+    grad log p_t(x) = -sum_k r_k (x - alpha m_k) / v_k                                            (3)
+    E[x_1 | x_t = x] = sum_k r_k (m_k + alpha s_k^2 (x - alpha m_k) / v_k)                        (4)
+    E[x_0 | x_t = x] = -beta grad log p_t(x)                                                      (5)
+    u_t(x) = alpha' E[x_1 | x] + beta' E[x_0 | x]                                                 (6)
+
+which is the notes' marginalization u_t(x) = int u_t(x|z) p_t(x|z) p_data(z) / p_t(x) dz done in closed form.
+A finite data set is the mixture with s_k = 0. These are the oracle that everything else is tested against.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fmjax import paths, targets
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussianMixture:
+    """sum_k weights_k N(means_k, scales_k^2)."""
+
+    weights: jax.Array
+    """Probabilities, (K,)."""
+    means: jax.Array
+    """(K, ...)."""
+    scales: jax.Array
+    """Standard deviations: one for all (), one a component (K,), or one a coordinate (K, ...)."""
+
+    def sample(self, key, n):
+        """n draws, (n, ...)."""
+        key_component, key_noise = jax.random.split(key)
+        means = jnp.asarray(self.means)
+        component = jax.random.categorical(key_component, jnp.log(jnp.asarray(self.weights)), shape=(n,))
+        noise = jax.random.normal(key_noise, (n, *means.shape[1:]), means.dtype)
+        return means[component] + _scales(self)[component] * noise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Empirical:
+    """The uniform distribution on a finite set of points."""
+
+    points: jax.Array
+    """(N, ...)."""
+
+    def sample(self, key, n):
+        """n draws with replacement, (n, ...)."""
+        return jax.random.choice(key, jnp.asarray(self.points), (n,))
+
+
+def _scales(mixture):
+    """Scales that broadcast against the means."""
+    means, scales = jnp.asarray(mixture.means), jnp.asarray(mixture.scales)
+    if scales.ndim == means.ndim:
+        return jnp.broadcast_to(scales, means.shape)
+    return jnp.broadcast_to(scales, means.shape[:1]).reshape((-1,) + (1,) * (means.ndim - 1))
+
+
+def _components(distribution):
+    """Log weights (K,), means (K, D) and scales (K, 1) or (K, D)."""
+    if isinstance(distribution, Empirical):
+        means = jnp.asarray(distribution.points)
+        log_weights, scales = jnp.full(len(means), -jnp.log(len(means)), means.dtype), jnp.zeros((len(means), 1), means.dtype)
+    else:
+        means, weights = jnp.asarray(distribution.means), jnp.asarray(distribution.weights)
+        log_weights = jnp.log(weights / weights.sum())
+        scales = _scales(distribution).reshape(len(means), -1)
+    return log_weights, paths.check_float("means", means).reshape(len(means), -1), scales
+
+
+# Arrays of (batch, block, dimension) hold at most this many numbers, 32 MiB of float32.
+_BLOCK_NUMBERS = 2**23
+
+
+def _posterior(path, distribution, x, t):
+    """log p_t(x), E[x_1 | x] and grad log p_t(x): (1), (4) and (3) in one pass over blocks of components."""
+    shape = x.shape
+    x, t = x.reshape(len(x), -1), paths.lift(t, x.reshape(len(x), -1))
+    x = x.astype(t.dtype)
+    alpha, beta = (jnp.reshape(value, (-1, 1, 1)) for value in (path.alpha(t), path.beta(t)))
+    log_weights, means, scales = _components(distribution)
+    if means.shape[1] != x.shape[1]:
+        raise ValueError(f"x has shape {shape}, that is {x.shape[1]} numbers an example, but the distribution has {means.shape[1]}.")
+
+    block = max(1, min(len(means), _BLOCK_NUMBERS // max(1, x.size)))
+    padding = -len(means) % block
+    log_weights = jnp.pad(log_weights, (0, padding), constant_values=-jnp.inf)
+    means, scales = jnp.pad(means, ((0, padding), (0, 0))), jnp.pad(scales, ((0, padding), (0, 0)), constant_values=1)
+    blocks = jax.tree.map(lambda a: a.reshape(-1, 1, block, *a.shape[1:]).astype(t.dtype), (log_weights, means, scales))
+
+    def merge(carry, components):
+        # A softmax over all components, block by block: sums are kept relative to the largest exponent so far.
+        largest, total, data, score = carry
+        log_weights, means, scales = components
+        variance = alpha**2 * scales**2 + beta**2
+        difference = x[:, None] - alpha * means
+        log_normals = -0.5 * (difference**2 / variance + jnp.log(2 * jnp.pi * variance)).sum(-1)
+        exponents = log_weights + log_normals
+        new_largest = jnp.maximum(largest, exponents.max(-1))
+        rescale = jnp.exp(largest - new_largest)
+        weights = jnp.exp(exponents - new_largest[:, None])
+        pull = difference / variance
+        total = rescale * total + weights.sum(-1)
+        data = rescale[:, None] * data + jnp.einsum("bk,bkd->bd", weights, means + alpha * scales**2 * pull)
+        score = rescale[:, None] * score - jnp.einsum("bk,bkd->bd", weights, pull)
+        return (new_largest, total, data, score), None
+
+    start = (jnp.full(len(x), jnp.finfo(x.dtype).min), jnp.zeros(len(x), x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))
+    if block < len(means):
+        (largest, total, data, score), _ = lax.scan(merge, start, blocks)
+    else:
+        # One block needs no loop, and so no compilation where it is called outside `jit`.
+        (largest, total, data, score), _ = merge(start, jax.tree.map(lambda a: a[0], blocks))
+    return largest + jnp.log(total), (data / total[:, None]).reshape(shape), (score / total[:, None]).reshape(shape)
+
+
+def velocity(path, distribution):
+    """The exact marginal velocity, whose flow carries N(0, I) to the data.
+
+    u_t(x) = alpha'_t E[x_1 | x] + beta'_t E[x_0 | x]        (6) (notes 004, "Training Target for Flow Model")
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      distribution: a `GaussianMixture` or an `Empirical`.
+    Returns:
+      A field, (x, t) -> like x. Of a finite set it exists for beta_t > 0; of a mixture wherever the path's derivative does.
+    """
+
+    def field(x, t):
+        x = paths.check_float("x", x)
+        _, data, score = _posterior(path, distribution, x, t)
+        a, b = targets.velocity(path, paths.lift(t, x))
+        return (a * data - b * path.beta(paths.lift(t, x)) * score).astype(x.dtype)
+
+    return field
+
+
+def score(path, distribution):
+    """The exact marginal score.
+
+    grad log p_t(x) = -sum_k r_k (x - alpha_t m_k) / v_k        (3) (notes 004, "Training Target for Diffusion Model")
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      distribution: a `GaussianMixture` or an `Empirical`.
+    Returns:
+      A field, (x, t) -> like x. Of a finite set it exists for beta_t > 0, of a mixture for all t.
+    """
+
+    def field(x, t):
+        x = paths.check_float("x", x)
+        return _posterior(path, distribution, x, t)[2].astype(x.dtype)
+
+    return field
+
+
+def log_density(path, distribution):
+    """The exact log density of x_t.
+
+    log p_t(x) = log sum_k w_k N(x; alpha_t m_k, v_k)        (1) (notes 004, "Probability Path")
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      distribution: a `GaussianMixture` or an `Empirical`.
+    Returns:
+      (x, t) -> (B,), in nats. Of a finite set it exists for beta_t > 0.
+    """
+    return lambda x, t: _posterior(path, distribution, paths.check_float("x", x), t)[0]

@@ -1,0 +1,32 @@
+"""A multilayer perceptron for points."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fmjax.models import layers
+
+
+class MLP(nn.Module):
+    """Dense layers on [t, x], and on an embedding of y where there are classes    (the course's second lab).
+
+    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, ...), t is () or (B,), y is
+    (B,) with `classes` for no class; the output is like x.
+    """
+
+    width: int = 64
+    depth: int = 4
+    activation: Callable = nn.silu
+    classes: int | None = None
+
+    @nn.compact
+    def __call__(self, x, t, y=None):
+        h = x.reshape(len(x), -1)
+        features = h.shape[1]
+        h = jnp.concatenate([layers.batch_times(t, x)[:, None], h], axis=-1)
+        if self.classes is not None:
+            h = jnp.concatenate([h, layers.LabelEmbedding(self.classes, self.width)(layers.require_labels(y, x))], axis=-1)
+        for _ in range(self.depth):
+            h = self.activation(nn.Dense(self.width)(h))
+        return nn.Dense(features)(h).reshape(x.shape)

@@ -1,0 +1,246 @@
+"""Paths: how noise becomes data.
+
+A path joins noise x_0 ~ N(0, I) (the notes' epsilon) to data x_1 (the notes' z),
+
+    x_t = alpha_t x_1 + beta_t x_0,        t = 0 is noise, t = 1 is data            (1)
+
+so that p_t(x | x_1) = N(alpha_t x_1, beta_t^2 I). A path is any object with two methods, `alpha(t)` and
+`beta(t)`; those below are frozen dataclasses and pytrees, so they can be arguments of `jit`, be compared,
+printed, pickled, differentiated and mapped over their numbers. Derivatives in time are `jax.jvp`, so a path
+of your own is its two methods and nothing else:
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        def alpha(self, t): return t**3
+        def beta(self, t): return 1 - t
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Path(Protocol):
+    """Anything with a schedule for the data and one for the noise, each of the shape of t."""
+
+    def alpha(self, t): ...
+
+    def beta(self, t): ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The CondOT path, alpha_t = t, beta_t = 1 - t    (notes 004, "Flow Matching for Gaussian Conditional Probability Paths")."""
+
+    def alpha(self, t):
+        return t
+
+    def beta(self, t):
+        return 1 - t
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """The trigonometric path, alpha_t = sin(pi t / 2), beta_t = cos(pi t / 2)    (Albergo and Vanden-Eijnden 2023)."""
+
+    def alpha(self, t):
+        return jnp.sin(jnp.pi / 2 * t)
+
+    def beta(self, t):
+        # A sine, because the cosine of a rounded pi/2 is not zero.
+        return jnp.sin(jnp.pi / 2 * (1 - t))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VariancePreserving:
+    """The path of the variance-preserving SDE, with s = 1 - t    (Song et al. 2021, eq. 33).
+
+    alpha_t = exp(-s^2 (rate_max - rate_min) / 4 - s rate_min / 2),  beta_t = sqrt(1 - alpha_t^2)
+
+    The velocity is infinite at t = 1: grids for it end before 1. At t = 0 a trace of the data is left,
+    alpha_0 = exp(-(rate_max + rate_min) / 4), which is 0.0066 by default.
+    """
+
+    rate_min: float = 0.1
+    rate_max: float = 20.0
+
+    def _log_alpha(self, t):
+        s = 1 - t
+        return -(s**2) * (self.rate_max - self.rate_min) / 4 - s * self.rate_min / 2
+
+    def alpha(self, t):
+        return jnp.exp(self._log_alpha(t))
+
+    def beta(self, t):
+        return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Polynomial:
+    """The linear path with its clock changed, alpha_t = t^power, beta_t = 1 - t^power.
+
+    For a power above 1 the velocity vanishes at t = 0; below 1 it is infinite there.
+    """
+
+    power: float = 2.0
+
+    def alpha(self, t):
+        return t**self.power
+
+    def beta(self, t):
+        return 1 - t**self.power
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SquareRoot:
+    """The path of the course's second lab, alpha_t = t, beta_t = sqrt(1 - t).
+
+    The velocity is infinite at t = 1: grids for it end before 1.
+    """
+
+    def alpha(self, t):
+        return t
+
+    def beta(self, t):
+        return jnp.sqrt(1 - t)
+
+
+def check_float(name, x):
+    """Raises unless x is an array of real floats, and returns it as a jax array."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = "scale images to floats in [-1, 1] first" if x.dtype == jnp.uint8 else "convert it with .astype(jnp.float32)"
+        raise TypeError(f"{name} has dtype {x.dtype}, but noise, data and states are real floats: {hint}.")
+    return x
+
+
+def check_like(name, value, x):
+    """Raises unless value has the shape of x."""
+    if jnp.shape(value) != jnp.shape(x):
+        raise ValueError(
+            f"{name} has shape {jnp.shape(value)}, but must be like x, {jnp.shape(x)}: arrays are batch first and never broadcast."
+        )
+
+
+def _times(t, x):
+    """t as floats of at least 32 bits, () or (B,)."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if not isinstance(t, int | float) and not jnp.issubdtype(jnp.result_type(t), jnp.floating):
+        raise TypeError(f"t has dtype {jnp.result_type(t)}, but times are floats with 0 noise and 1 data, not step numbers.")
+    t = jnp.asarray(t, dtype)
+    if t.ndim and t.shape != x.shape[:1]:
+        raise ValueError(f"t has shape {t.shape}, but it must be () or one time an example, {x.shape[:1]}, for x of shape {x.shape}.")
+    return t
+
+
+def lift(t, x):
+    """Times shaped to multiply x: the one place where times meet examples.
+
+    Args:
+      t: times, () or (B,); a Python number, or an array of any float dtype.
+      x: (B, ...), any float dtype.
+    Returns:
+      t of shape () or (B, 1, ..., 1), in float32 or in x's dtype where that is wider.
+    Raises:
+      TypeError: if t is an array of integers or complex numbers.
+      ValueError: if t is neither one time nor one an example.
+    """
+    t = _times(t, x)
+    return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+
+
+def interpolate(path, x_0, x_1, t):
+    """Point on the path from x_0 to x_1 at time t.
+
+    x_t = alpha_t x_1 + beta_t x_0        (1)
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      x_0: noise, (B, ...), any float dtype.
+      x_1: data, like x_0.
+      t: times in [0, 1], () or (B,).
+    Returns:
+      x_t, like x_1; the sum is made in float32 or wider.
+    Raises:
+      TypeError: if an array is not of floats.
+      ValueError: if the shapes differ, or t is neither one time nor one an example.
+    """
+    x_0, x_1 = check_float("x_0", x_0), check_float("x_1", x_1)
+    check_like("x_0", x_0, x_1)
+    t = lift(t, x_1)
+    return (path.alpha(t) * x_1 + path.beta(t) * x_0).astype(x_1.dtype)
+
+
+def flow(path, x_0, x_1, t):
+    """Point on the path from x_0 to x_1 at time t, and its velocity.
+
+    x_t = alpha_t x_1 + beta_t x_0,  u_t = d x_t / dt    (notes 004, "Flow Matching for Gaussian Conditional Probability Paths")
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      x_0: noise, (B, ...), any float dtype.
+      x_1: data, like x_0.
+      t: times in [0, 1], () or (B,).
+    Returns:
+      x_t and u_t, each like x_1. u_t is infinite where the path's derivative is.
+    Raises:
+      TypeError: if an array is not of floats.
+      ValueError: if the shapes differ, or t is neither one time nor one an example.
+    """
+    t = _times(t, check_float("x_1", x_1))
+    return jax.jvp(lambda t: interpolate(path, x_0, x_1, t), (t,), (jnp.ones_like(t),))
+
+
+def _noise_at(path, x, x_1, t):
+    """The x_0 whose path to x_1 passes x at time t: (1) solved for x_0, for beta_t > 0."""
+    x, x_1 = check_float("x", x), check_float("x_1", x_1)
+    check_like("x", x, x_1)
+    t = lift(t, x_1)
+    return (x - path.alpha(t) * x_1) / path.beta(t)
+
+
+def conditional_velocity(path, x, x_1, t):
+    """Velocity at x of the flow that carries all noise to the one point x_1.
+
+    u_t(x | z) = (alpha'_t - alpha_t beta'_t / beta_t) z + (beta'_t / beta_t) x    (notes 004, "Gaussian probability path")
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      x: states, (B, ...), any float dtype.
+      x_1: data (the notes' z), like x.
+      t: times with beta_t > 0, () or (B,).
+    Returns:
+      u_t(x | x_1), like x; infinite where beta_t = 0 unless x is there already.
+    Raises:
+      TypeError: if an array is not of floats.
+      ValueError: if the shapes differ, or t is neither one time nor one an example.
+    """
+    return flow(path, _noise_at(path, x, x_1, t), x_1, t)[1]
+
+
+def conditional_score(path, x, x_1, t):
+    """Gradient in x of log p_t(x | x_1).
+
+    grad log p_t(x | z) = -(x - alpha_t z) / beta_t^2    (notes 004, "Gaussian probability path"; 002 drops the sign once)
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      x: states, (B, ...), any float dtype.
+      x_1: data (the notes' z), like x.
+      t: times with beta_t > 0, () or (B,).
+    Returns:
+      The score, like x; infinite where beta_t = 0.
+    Raises:
+      TypeError: if an array is not of floats.
+      ValueError: if the shapes differ, or t is neither one time nor one an example.
+    """
+    noise = _noise_at(path, x, x_1, t)
+    return (-noise / path.beta(lift(t, noise))).astype(x_1.dtype)

@@ -1,0 +1,243 @@
+"""Sampling: one-step maps, and the one scan that follows them.
+
+    dX = u_t(X) dt                                                flow model                      (1)
+    dX = u_t(X) dt + sigma_t dW                                   diffusion model                 (2)
+    dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    the marginals of (1), any sigma (3)
+    dX = sigma_t^2 / 2 grad log p(X) dt + sigma_t dW              Langevin dynamics               (4)
+
+A step for (1) is a function `(field, x, t, dt) -> x`; a step for (2) is `(drift, sigma, keys, x, t, dt) -> x`, with
+one key an example. Grids are arguments of the compiled program and its size does not depend on their length. The
+functions are not compiled by themselves: wrap the caller in `jax.jit`, as in
+`jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from fmjax import paths, targets
+
+
+def euler(field, x, t, dt):
+    """X_{t+h} = X_t + h u_t(X_t): order 1, one evaluation    (notes 003, "Euler Method")."""
+    return x + dt * field(x, t)
+
+
+def heun(field, x, t, dt):
+    """The trapezium rule with an Euler predictor: order 2, two evaluations, the second at t + dt    (Heun 1900)."""
+    k_1 = field(x, t)
+    k_2 = field(x + dt * k_1, t + dt)
+    return x + dt / 2 * (k_1 + k_2)
+
+
+def midpoint(field, x, t, dt):
+    """An Euler step with the slope at the middle: order 2, two evaluations, none at t + dt    (Runge 1895)."""
+    k_1 = field(x, t)
+    return x + dt * field(x + dt / 2 * k_1, t + dt / 2)
+
+
+def rk4(field, x, t, dt):
+    """The classical Runge-Kutta step: order 4, four evaluations    (Kutta 1901)."""
+    k_1 = field(x, t)
+    k_2 = field(x + dt / 2 * k_1, t + dt / 2)
+    k_3 = field(x + dt / 2 * k_2, t + dt / 2)
+    k_4 = field(x + dt * k_3, t + dt)
+    return x + dt / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+
+
+def euler_maruyama(drift, sigma, keys, x, t, dt):
+    """X_{t+h} = X_t + h u_t(X_t) + sqrt(h) sigma_t epsilon: one evaluation    (notes 003, "Euler-Maruyama method").
+
+    Weak order 1; strong order 1 too, since sigma_t does not depend on X.
+    """
+    return x + dt * drift(x, t) + jnp.sqrt(dt) * sigma(t) * _normal(keys, x)
+
+
+def _keys(key, n):
+    """One key an example: from one key by the example's index, or as they are."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key has dtype {key.dtype}, but keys are typed: make one with jax.random.key(seed).")
+    if key.shape == (n,):
+        return key
+    if key.shape:
+        raise ValueError(f"key has shape {key.shape}, but it must be one key, (), or one an example, {(n,)}.")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+
+
+def _normal(keys, x):
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+
+
+def noise(key, shape, dtype=jnp.float32):
+    """Standard normal noise in which example i depends on the key and on i, not on the size of the batch.
+
+    Args:
+      key: a typed key; or one an example, (B,), where the examples are a part of a larger batch.
+      shape: (B, ...).
+      dtype: a float dtype.
+    Returns:
+      Noise of that shape.
+    """
+    return _normal(_keys(key, shape[0]), jax.ShapeDtypeStruct(shape, dtype))
+
+
+def _check_times(times, dtype):
+    """The grid as an array of floats; its order is checked wherever its values are known."""
+    if jnp.ndim(times) != 1 or len(times) < 2:
+        raise ValueError(
+            f"times has shape {jnp.shape(times)}, but a grid is one-dimensional with at least two times, such as jnp.linspace(0, 1, 51)."
+        )
+    if not isinstance(times, Tracer):
+        values = np.asarray(times, np.float64)
+        backwards = np.flatnonzero(~(np.diff(values) > 0))
+        if backwards.size:
+            i = int(backwards[0])
+            raise ValueError(
+                f"times must increase, but times[{i}] is {values[i]:g} and times[{i + 1}] is {values[i + 1]:g}; 0 is noise, 1 is data."
+            )
+    return jnp.asarray(times, dtype)
+
+
+def _like_state(field):
+    """The field with its output held to the state: its shape checked, its dtype the state's."""
+
+    def checked(x, t):
+        value = field(x, t)
+        paths.check_like("The field's output", value, x)
+        return jnp.asarray(value, x.dtype)
+
+    return checked
+
+
+def _follow(advance, x_0, times, save):
+    """Scans advance(index, x, t, dt) over the grid, in float32 or wider."""
+    x_0 = paths.check_float("x_0", x_0)
+    dtype = jnp.promote_types(x_0.dtype, jnp.float32)
+    times = _check_times(times, dtype)
+
+    def body(x, interval):
+        index, t, dt = interval
+        x = advance(index, x, t, dt)
+        return x, None if save is None else save(x, t + dt)
+
+    x = x_0.astype(dtype)
+    x_1, saved = lax.scan(body, x, (jnp.arange(len(times) - 1), times[:-1], jnp.diff(times)))
+    if save is not None:
+        saved = jax.tree.map(lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest]), save(x, times[0]), saved)
+    return x_1.astype(x_0.dtype), saved
+
+
+def sample_ode(field, x_0, times, *, step=heun, save=None):
+    """Follows a field along a grid: the flow (1) from noise to data.
+
+    X_{i+1} = step(field, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Flow Model", which stops a step short)
+
+    Args:
+      field: (x, t) -> like x; t is a scalar here.
+      x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
+      times: an increasing grid, (n + 1,).
+      step: one step, `(field, x, t, dt) -> x`: `euler`, `heun`, `midpoint`, `rk4`, or yours.
+      save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
+    Returns:
+      x_1, like x_0, and what was saved, with a leading axis of n + 1 from x_0 to x_1 (None without `save`).
+    Raises:
+      TypeError: if x_0 is not of floats.
+      ValueError: if the grid does not increase, or the field's output has another shape than x.
+    """
+    field = _like_state(field)
+    return _follow(lambda index, x, t, dt: step(field, x, t, dt), x_0, times, save)
+
+
+def sample_sde(drift, sigma, key, x_0, times, *, step=euler_maruyama, save=None):
+    """Follows a stochastic differential equation (2) along a grid.
+
+    X_{i+1} = step(drift, sigma, keys_i, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Diffusion Model")
+
+    Example i's noise depends on the key, on i and on the number of the step, not on the size of the batch.
+
+    Args:
+      drift: (x, t) -> like x; t is a scalar here.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0.
+      key: a typed key; or one an example, (B,), where the examples are a part of a larger batch.
+      x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
+      times: an increasing grid, (n + 1,).
+      step: one step, `(drift, sigma, keys, x, t, dt) -> x`: `euler_maruyama`, or yours.
+      save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
+    Returns:
+      x_1, like x_0, and what was saved, with a leading axis of n + 1 from x_0 to x_1 (None without `save`).
+    Raises:
+      TypeError: if x_0 is not of floats, or the key is not typed.
+      ValueError: if the grid does not increase, or the drift's output has another shape than x.
+    """
+    drift, sigma = _like_state(drift), _coefficient(sigma)
+    keys = _keys(key, len(x_0))
+
+    def advance(index, x, t, dt):
+        return step(drift, sigma, jax.vmap(jax.random.fold_in, (0, None))(keys, index), x, t, dt)
+
+    return _follow(advance, x_0, times, save)
+
+
+def _coefficient(sigma: Any) -> Callable[[Any], Any]:
+    """sigma as a function of t."""
+    return sigma if callable(sigma) else lambda t: sigma
+
+
+def extend(velocity_field, score_field, sigma):
+    """The SDE extension trick from a velocity and a score: a drift for `sample_sde` with the velocity's marginals.
+
+    u_t(x) + sigma_t^2 / 2 grad log p_t(x)        (3) (notes 002, "SDE extension trick"; 004, "Score Matching")
+
+    Args:
+      velocity_field: (x, t) -> u_t(x), like x.
+      score_field: (x, t) -> grad log p_t(x), like x.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0.
+    Returns:
+      A field, (x, t) -> like x.
+    """
+    sigma = _coefficient(sigma)
+    return lambda x, t: velocity_field(x, t) + sigma(paths.lift(t, x)) ** 2 / 2 * score_field(x, t)
+
+
+def sde_drift(path, velocity_field, sigma):
+    """The SDE extension trick from a velocity alone: on a path, the score follows from it.
+
+    u_t(x) + sigma_t^2 / 2 (alpha_t u_t(x) - alpha'_t x) / (beta_t (beta_t alpha'_t - alpha_t beta'_t))
+    (3) (notes 004, "Denoising Diffusion Models", whose last formula prints alpha_t for alpha'_t in the denominator)
+
+    From a score alone, or from predicted noise or data, convert first:
+    `sde_drift(path, targets.convert_field(path, score_field, source=targets.score, target=targets.velocity), sigma)`.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      velocity_field: (x, t) -> u_t(x), like x.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0.
+    Returns:
+      A field, (x, t) -> like x, of one evaluation of `velocity_field`; its domain is beta_t > 0.
+    """
+
+    def drift(x, t):
+        u = velocity_field(x, t)
+        score = targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)
+        return extend(lambda x, t: u, lambda x, t: score, sigma)(x, t)
+
+    return drift
+
+
+def langevin(score_field, sigma):
+    """The drift of Langevin dynamics, under which the distribution with that score stays as it is.
+
+    sigma_t^2 / 2 grad log p(x)        (4) (notes 004, "Remark Langevin dynamics")
+
+    Args:
+      score_field: (x, t) -> grad log p(x), like x.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0.
+    Returns:
+      A field, (x, t) -> like x, for `sample_sde` with the same sigma.
+    """
+    return extend(lambda x, t: jnp.zeros_like(x), score_field, sigma)

@@ -1,0 +1,182 @@
+"""A state to a folder and back, bit for bit; and what is said where that cannot be."""
+
+import gc
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fmjax import checkpoints, training
+
+# Orbax's readers that an error cuts off complain when they are collected, which may be in a later test of this file.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("collected"),
+]
+
+ADAM = optax.adam(1e-3)
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """Leaves no such reader to the next file."""
+    yield
+    for _ in range(3):
+        time.sleep(0.1)
+        gc.collect()
+
+
+def params(rows=8, **more):
+    return {"dense": {"kernel": jnp.arange(rows * 8.0).reshape(rows, 8) / 7, "bias": jnp.array([0.1, jnp.nan, -jnp.inf])}} | more
+
+
+def make(rows=8, optimizer=ADAM, **more):
+    return training.init(params(rows, **more), optimizer)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state in which every leaf is another number."""
+    leaves, tree = jax.tree.flatten(make())
+    return tree.unflatten([leaf + jnp.asarray(n, leaf.dtype) for n, leaf in enumerate(leaves)])
+
+
+@pytest.fixture(scope="module")
+def folder(state, tmp_path_factory):
+    """Where that state is saved. Not to be written to."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoint"
+    checkpoints.save(folder, state)
+    return folder
+
+
+def assert_bits(restored, state):
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_round_trip(folder, state):
+    restored = checkpoints.restore(folder, make())
+    assert isinstance(restored, training.TrainState)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+    assert_bits(restored, state)
+
+
+def test_restore_into_shapes_alone(folder, state):
+    assert_bits(checkpoints.restore(folder, jax.eval_shape(make)), state)
+
+
+def test_any_pytree_and_float_type(tmp_path):
+    tree = {
+        "half": jnp.array([1.5, -0.0, 3e38], jnp.bfloat16),
+        "counts": (jnp.int32(-3), jnp.array([True, False])),
+        "one": [jnp.float16(0.1)],
+    }
+    checkpoints.save(tmp_path / "tree", tree)
+    assert_bits(checkpoints.restore(tmp_path / "tree", tree), tree)
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    def loss_fn(params, key, batch):
+        return ((params["w"] - batch) ** 2).sum() + jax.random.uniform(key) * params["w"].sum()
+
+    key, step = jax.random.key(0), jax.jit(training.make_step(loss_fn, ADAM))
+    half, _ = step(training.init({"w": jnp.ones(3)}, ADAM), key, jnp.arange(3.0))
+    checkpoints.save(tmp_path / "half", half)
+    restored = checkpoints.restore(tmp_path / "half", half)
+    assert_bits(step(restored, key, jnp.ones(3))[0], step(half, key, jnp.ones(3))[0])
+
+
+def test_save_replaces_what_was_there(tmp_path):
+    old, new = {"a": jnp.zeros(3), "b": jnp.zeros(2)}, {"a": jnp.ones(4)}
+    checkpoints.save(tmp_path / "run", old)
+    checkpoints.save(tmp_path / "run", new)
+    assert_bits(checkpoints.restore(tmp_path / "run", new), new)
+
+
+def test_save_makes_parents_and_takes_strings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = {"a": jnp.arange(3.0)}
+    checkpoints.save("runs/first/last", tree)
+    assert (tmp_path / "runs" / "first" / "last").is_dir()
+    assert_bits(checkpoints.restore("runs/first/last", tree), tree)
+    assert_bits(checkpoints.restore(tmp_path / "runs/first/last", tree), tree)
+
+
+@pytest.mark.parametrize("saved_sharded", [False, True])
+def test_onto_eight_devices_and_back(tmp_path, folder, state, saved_sharded):
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    assert mesh.size == 8
+
+    def sharding(leaf):
+        return NamedSharding(mesh, PartitionSpec("devices") if leaf.ndim == 2 else PartitionSpec())
+
+    if saved_sharded:
+        folder = tmp_path / "sharded"
+        checkpoints.save(folder, jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(leaf)), state))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), state)
+    restored = checkpoints.restore(folder, like)
+    assert_bits(restored, state)
+    assert all(leaf.sharding == sharding(leaf) for leaf in jax.tree.leaves(restored))
+    assert {shard.data.shape for shard in restored.params["dense"]["kernel"].addressable_shards} == {(1, 8)}
+    one = checkpoints.restore(folder, make())
+    assert_bits(one, state)
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(one))
+
+
+@pytest.mark.parametrize(
+    ("like", "leaf"),
+    [
+        (lambda: make(extra=jnp.zeros(2)), "params.extra"),
+        (lambda: training.init({"dense": {"kernel": jnp.zeros((8, 8))}}, ADAM), "params.dense.bias"),
+        (lambda: make(optimizer=optax.sgd(0.1)), r"opt_state\[0\]"),
+        (lambda: make().params, "dense"),
+    ],
+    ids=["a leaf more", "a leaf less", "another optimiser", "parameters alone"],
+)
+def test_another_structure_names_the_leaf(folder, like, leaf):
+    with pytest.raises(ValueError, match=leaf) as caught:
+        checkpoints.restore(folder, like())
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_another_shape(folder, rows):
+    with pytest.raises(ValueError, match=r"damaged or of another model") as caught:
+        checkpoints.restore(folder, make(rows))
+    assert str(folder) in str(caught.value)
+    assert f"({rows}, 8)" in str(caught.value)
+    assert "(8, 8)" in str(caught.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint") as caught:
+        checkpoints.restore(tmp_path / "nowhere", make())
+    assert str(tmp_path / "nowhere") in str(caught.value)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="damaged or of another model") as caught:
+        checkpoints.restore(tmp_path, make())
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("which", ["largest", "all"])
+def test_truncated_files(tmp_path, which, half):
+    tree = {"a": jax.random.normal(jax.random.key(0), (64, 64)), "b": jnp.ones(3)}
+    checkpoints.save(tmp_path / "run", tree)
+    files = sorted((path for path in (tmp_path / "run").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    for path in files if which == "all" else files[-1:]:
+        content = path.read_bytes()
+        path.write_bytes(content[: half * len(content) // 2])
+    with pytest.raises(ValueError, match="damaged or of another model") as caught:
+        checkpoints.restore(tmp_path / "run", tree)
+    assert str(tmp_path / "run") in str(caught.value)

@@ -1,0 +1,101 @@
+"""The experiments run, at a size of seconds: their files, their numbers against theory, their errors."""
+
+import json
+import math
+
+import pytest
+import tyro
+
+from experiments import dynamics, toy
+from fmjax import paths
+
+SMALL = {"width": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "samples": 200}
+
+
+def run_toy(folder, **changes):
+    """The metrics of a small run, after a look at its files."""
+    toy.main(toy.Config(folder=folder, **SMALL | changes))
+    return read(folder, ["loss.png", "density.png", "trajectories.png", "field.png", "config.json"], ["checkpoint"])
+
+
+def read(folder, files, folders=()):
+    for name in files:
+        assert (folder / name).stat().st_size > 0, name
+    for name in folders:
+        assert (folder / name).is_dir(), name
+    json.loads((folder / "config.json").read_text())
+    report = json.loads((folder / "metrics.json").read_text())
+    assert report
+    assert all(math.isfinite(value) for value in report.values()), report
+    return report
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch):
+    monkeypatch.setattr(toy, "EXACT", 2000)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": "score", "sigma": 1.0},
+        {"target": "noise", "path": paths.VariancePreserving(), "sigma": 0.5, "proportional": False, "end": 0.9},
+        {"source": "circles", "data": "checkerboard", "start": 0.0, "end": 1.0},
+    ],
+    ids=["score by SDE", "noise by SDE of constant sigma", "bridge on the whole path"],
+)
+def test_toy_runs(tmp_path, changes):
+    report = run_toy(tmp_path, **changes)
+    assert report["sliced Wasserstein, data to data (the floor)"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"source": "circles", "target": "score"}, "--target velocity"),
+        ({"source": "circles", "target": "noise"}, "--target velocity"),
+        ({"source": "circles", "target": "data"}, "--target velocity"),
+        ({"source": "circles", "sigma": 1.0}, "--sigma 0"),
+        ({"sigma": -1.0}, "at least 0"),
+        ({"target": "noise", "start": 0.0}, "--start"),
+        ({"target": "score", "end": 1.0}, "--end"),
+        ({"target": "data", "end": 1.0}, "--end"),
+        ({"path": paths.VariancePreserving(), "end": 1.0}, "--end"),
+        ({"path": paths.SquareRoot(), "end": 1.0}, "--end"),
+        ({"path": paths.Polynomial(0.5), "start": 0.0}, "--start"),
+        ({"sigma": 1.0, "end": 1.0}, "--end"),
+    ],
+)
+def test_toy_says_what_to_do_instead(tmp_path, changes, advice):
+    with pytest.raises(SystemExit, match=advice):
+        toy.main(toy.Config(folder=tmp_path / "run", **SMALL | changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dynamics(tmp_path):
+    dynamics.main(dynamics.Config(folder=tmp_path, samples=500, ou_steps=500, langevin_steps=100, langevin_longer=2))
+    report = read(tmp_path, ["brownian.png", "ornstein_uhlenbeck.png", "langevin.png", "config.json"])
+    names = [name.removesuffix(": variance") for name in report if name.endswith(": variance")]
+    assert len(names) == 5
+    for name in names:
+        assert abs(report[f"{name}: variance"] - report[f"{name}: in theory"]) < 4 * report[f"{name}: standard error"], name
+
+
+@pytest.mark.parametrize("experiment", [toy, dynamics])
+def test_unknown_flags_are_refused(experiment, capsys):
+    with pytest.raises(SystemExit) as exit:
+        tyro.cli(experiment.Config, args=["--no-such-flag", "1"])
+    assert exit.value.code
+    assert "no-such-flag" in capsys.readouterr().err
+
+
+def test_unknown_data_are_refused(capsys):
+    with pytest.raises(SystemExit) as exit:
+        tyro.cli(toy.Config, args=["--data", "elephant"])
+    assert exit.value.code
+    assert "elephant" in capsys.readouterr().err
+
+
+def test_flags_reach_the_configuration():
+    config = tyro.cli(toy.Config, args=["--data", "spirals", "--sigma", "1", "path:polynomial", "--path.power", "3"])
+    assert config == toy.Config(data="spirals", sigma=1.0, path=paths.Polynomial(3.0))

@@ -1,0 +1,209 @@
+"""Paths: the notes' closed forms, the ends, and what a path may be used for."""
+
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from battery import BOUNDED, PATHS, VarianceExploding, name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmjax import losses, paths
+
+each_path = pytest.mark.parametrize("path", PATHS, ids=name)
+
+
+def draws(key, shape=(5, 4, 4, 3), dtype=None):
+    key_0, key_1, key_t = jax.random.split(key, 3)
+    t = jax.random.uniform(key_t, shape[:1], minval=0.05, maxval=0.95)
+    return jax.random.normal(key_0, shape, dtype), jax.random.normal(key_1, shape, dtype), t
+
+
+@each_path
+def test_ends_are_noise_and_data(path):
+    if isinstance(path, VarianceExploding):
+        pytest.skip("keeps the data at t = 0")
+    zero, one = jnp.zeros(()), jnp.ones(())
+    trace_of_data = 0.0066 if isinstance(path, paths.VariancePreserving) else 0
+    np.testing.assert_allclose(path.alpha(zero), trace_of_data, atol=1e-4)
+    np.testing.assert_allclose(path.beta(zero), 1, atol=1e-4)
+    assert path.alpha(one) == 1
+    assert path.beta(one) == 0
+
+
+@each_path
+def test_schedules_are_monotonic(path):
+    t = jnp.linspace(0, 1, 101)
+    assert (jnp.diff(path.alpha(t)) >= 0).all()
+    assert (jnp.diff(path.beta(t)) <= 0).all()
+
+
+@each_path
+def test_interpolate_is_alpha_data_plus_beta_noise(path, key, x64):
+    x_0, x_1, t = draws(key)
+    expected = np.stack([path.alpha(t[i]) * x_1[i] + path.beta(t[i]) * x_0[i] for i in range(5)])
+    np.testing.assert_allclose(paths.interpolate(path, x_0, x_1, t), expected, rtol=1e-14)
+    np.testing.assert_allclose(paths.interpolate(path, x_0, x_1, 0.3)[1], path.alpha(0.3) * x_1[1] + path.beta(0.3) * x_0[1], rtol=1e-14)
+
+
+@each_path
+def test_flow_is_the_time_derivative(path, key, x64):
+    x_0, x_1, t = draws(key)
+    x_t, u_t = paths.flow(path, x_0, x_1, t)
+    h = 1e-5
+    difference = (paths.interpolate(path, x_0, x_1, t + h) - paths.interpolate(path, x_0, x_1, t - h)) / (2 * h)
+    np.testing.assert_array_equal(x_t, paths.interpolate(path, x_0, x_1, t))
+    np.testing.assert_allclose(u_t, difference, rtol=1e-6, atol=1e-6)
+
+
+CLOSED_FORMS = {
+    "Linear": lambda t: (t, 1 - t, 1.0, -1.0),
+    "Cosine": lambda t: (
+        np.sin(np.pi * t / 2),
+        np.cos(np.pi * t / 2),
+        np.pi / 2 * np.cos(np.pi * t / 2),
+        -np.pi / 2 * np.sin(np.pi * t / 2),
+    ),
+    "Polynomial": lambda t: (t**3, 1 - t**3, 3 * t**2, -3 * t**2),
+    "SquareRoot": lambda t: (t, np.sqrt(1 - t), 1.0, -0.5 / np.sqrt(1 - t)),
+}
+
+
+@pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine(), paths.Polynomial(3.0), paths.SquareRoot()], ids=name)
+def test_conditional_velocity_and_score_are_the_notes(path, key, x64):
+    x, z, t = draws(key)
+    alpha, beta, d_alpha, d_beta = (
+        np.reshape(np.broadcast_to(value, t.shape), (-1, 1, 1, 1)) for value in CLOSED_FORMS[type(path).__name__](np.asarray(t))
+    )
+    velocity = (d_alpha - d_beta / beta * alpha) * z + d_beta / beta * x
+    score = -(x - alpha * z) / beta**2
+    np.testing.assert_allclose(paths.conditional_velocity(path, x, z, t), velocity, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(paths.conditional_score(path, x, z, t), score, rtol=1e-12, atol=1e-12)
+
+
+@each_path
+def test_conditional_velocity_follows_the_path(path, key, x64):
+    x_0, x_1, t = draws(key)
+    x_t, u_t = paths.flow(path, x_0, x_1, t)
+    np.testing.assert_allclose(paths.conditional_velocity(path, x_t, x_1, t), u_t, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(paths.conditional_score(path, x_t, x_1, t), -x_0 / path.beta(paths.lift(t, x_0)), rtol=1e-9, atol=1e-9)
+
+
+@each_path
+def test_conditional_score_is_the_gradient_of_the_log_density(path, key, x64):
+    x, z, t = draws(key, (3, 2))
+
+    def log_density(x, z, t):
+        alpha, beta = path.alpha(t), path.beta(t)
+        return jax.scipy.stats.norm.logpdf(x, alpha * z, beta).sum()
+
+    np.testing.assert_allclose(paths.conditional_score(path, x, z, t), jax.vmap(jax.grad(log_density))(x, z, t), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("path", BOUNDED, ids=name)
+def test_velocity_and_loss_are_finite_at_both_ends(path, dtype, key):
+    x_0, x_1, _ = draws(key, (4, 3), dtype)
+    for t in (0, 1.0, jnp.array([0.0, 1.0, 0.0, 1.0])):
+        x_t, u_t = paths.flow(path, x_0, x_1, t)
+        loss = losses.flow_matching(lambda x, t: x, path, x_0, x_1, t)
+        assert x_t.dtype == u_t.dtype == dtype
+        assert loss.dtype == jnp.float32
+        chex.assert_tree_all_finite((x_t, u_t, loss))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("path", [paths.VariancePreserving(), paths.SquareRoot()], ids=name)
+def test_velocity_of_a_path_with_an_infinite_end_is_finite_before_it(path, dtype, key):
+    x_0, x_1, _ = draws(key, (4, 3), dtype)
+    chex.assert_tree_all_finite(
+        (paths.flow(path, x_0, x_1, 0.0), paths.flow(path, x_0, x_1, 1 - 1e-3), paths.interpolate(path, x_0, x_1, 1.0))
+    )
+    assert not jnp.isfinite(paths.flow(path, x_0, x_1, 1.0)[1]).any()
+
+
+def test_half_precision_is_interpolated_in_float32(key):
+    x_0, x_1, t = draws(key, (64, 8), jnp.bfloat16)
+    exact = paths.interpolate(paths.Linear(), x_0.astype(jnp.float32), x_1.astype(jnp.float32), t)
+    np.testing.assert_array_equal(paths.interpolate(paths.Linear(), x_0, x_1, t), exact.astype(jnp.bfloat16))
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    batched=st.booleans(),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+)
+@settings(deadline=None, max_examples=30)
+def test_lift_multiplies_any_example(shape, batched, dtype):
+    x = jnp.ones(shape, dtype)
+    t = jnp.linspace(0, 1, shape[0]) if batched else 0.5
+    lifted = paths.lift(t, x)
+    assert lifted.dtype == jnp.float32
+    assert (lifted * x).shape == x.shape
+    np.testing.assert_allclose((lifted * x).reshape(shape[0], -1)[:, 0], t if batched else [0.5] * shape[0])
+
+
+@each_path
+def test_a_path_is_a_value(path):
+    again = type(path)(**vars(path))
+    assert again == path
+    assert hash(again) == hash(path)
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert jax.tree.unflatten(jax.tree.structure(path), jax.tree.leaves(path)) == path
+
+
+def test_a_rebuilt_path_costs_no_trace(key):
+    x_0, x_1, t = draws(key, (4, 2))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def velocity(path):
+        return paths.flow(path, x_0, x_1, t)[1]
+
+    for rate in (10.0, 15.0, 20.0):
+        velocity(paths.VariancePreserving(0.1, rate))
+
+
+def test_a_path_maps_and_differentiates_over_its_numbers(key, x64):
+    x_0, x_1, t = draws(key, (4, 2))
+    powers = jnp.array([1.0, 2.0, 3.0])
+    mapped = jax.vmap(lambda power: paths.interpolate(paths.Polynomial(power), x_0, x_1, t))(powers)
+    for i, power in enumerate(powers):
+        np.testing.assert_allclose(mapped[i], paths.interpolate(paths.Polynomial(float(power)), x_0, x_1, t), rtol=1e-12)
+    gradient = jax.grad(lambda path: paths.interpolate(path, x_0, x_1, t).sum())(paths.Polynomial(2.0))
+    expected = ((x_1 - x_0).sum(1) * t**2 * jnp.log(t)).sum()
+    np.testing.assert_allclose(gradient.power, expected, rtol=1e-12)
+
+
+x = jnp.zeros((4, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((x, x, jnp.zeros(3)), ValueError, r"t has shape \(3,\).*one time an example, \(4,\)"),
+        ((x, x, jnp.zeros((4, 1))), ValueError, r"t has shape \(4, 1\)"),
+        ((x, x, jnp.arange(4)), TypeError, "t has dtype int32.*not step numbers"),
+        ((x, x, 1j), TypeError, "t has dtype complex"),
+        ((x, jnp.zeros((4, 2)), 0.5), ValueError, r"x_0 has shape \(4, 3\).*like x, \(4, 2\)"),
+        ((jnp.zeros((1, 3)), x, 0.5), ValueError, r"x_0 has shape \(1, 3\)"),
+        ((x, jnp.zeros((4, 3), jnp.uint8), 0.5), TypeError, r"x_1 has dtype uint8.*floats in \[-1, 1\]"),
+        ((jnp.zeros((4, 3), int), x, 0.5), TypeError, "x_0 has dtype int32"),
+        ((x, jnp.zeros((4, 3), complex), 0.5), TypeError, "x_1 has dtype complex64"),
+    ],
+)
+@pytest.mark.parametrize("function", [paths.interpolate, paths.flow])
+def test_bad_input_is_named(function, arguments, error, message):
+    with pytest.raises(error, match=message):
+        function(paths.Linear(), *arguments)
+
+
+@pytest.mark.parametrize("function", [paths.conditional_velocity, paths.conditional_score])
+def test_bad_state_is_named(function):
+    with pytest.raises(ValueError, match=r"x has shape \(4, 1\)"):
+        function(paths.Linear(), jnp.zeros((4, 1)), x, 0.5)
+    with pytest.raises(TypeError, match="x has dtype int32"):
+        function(paths.Linear(), jnp.zeros((4, 3), int), x, 0.5)

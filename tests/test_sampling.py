@@ -1,0 +1,241 @@
+"""Sampling: measured orders, distributions against the closed form, and draws that do not depend on the batch."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from battery import ORDERS, mixture, name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmjax import marginals, paths, sampling, targets
+
+
+@pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
+@pytest.mark.parametrize(("step", "order"), ORDERS, ids=name)
+def test_order(path, step, order, key, x64):
+    """The slope of the mean error of a mixture's flow map, against 4,000 steps of rk4."""
+    field = marginals.velocity(path, mixture())
+    x_0 = jax.random.normal(key, (64, 2))
+
+    @functools.partial(jax.jit, static_argnames="step")
+    def follow(times, step):
+        return sampling.sample_ode(field, x_0, times, step=step)[0]
+
+    reference = follow(jnp.linspace(0, 1, 4001), sampling.rk4)
+    steps = np.array([64, 128, 256, 512])
+    errors = [float(jnp.linalg.norm(follow(jnp.linspace(0, 1, n + 1), step) - reference, axis=1).mean()) for n in steps]
+    slope = np.polyfit(np.log(steps[1:]), np.log(errors[1:]), 1)[0]
+    assert abs(-slope - order) < 0.1, (errors, slope)
+
+
+def weighted_moments(data):
+    mean = data.weights @ data.means
+    centred = data.means - mean[None]
+    return mean, jnp.einsum("k,ki,kj->ij", data.weights, centred, centred) + (data.weights @ data.scales**2) * jnp.eye(2)
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [0.0, 0.5, 1.0, 2.0, lambda t: 2 * paths.Linear().beta(t)],
+    ids=["0", "0.5", "1", "2", "2 beta_t"],
+)
+def test_every_sigma_has_the_marginals_of_the_flow(sigma, key):
+    """Mean and covariance of 100,000 samples within 4 standard errors of the data's, from the velocity alone."""
+    n, path, data = 100_000, paths.Linear(), mixture()
+    drift = sampling.sde_drift(path, marginals.velocity(path, data), sigma)
+    key_0, key_noise = jax.random.split(key)
+    # Steps shrink towards the data, where the score is steep.
+    times = jnp.sin(jnp.linspace(0, jnp.pi / 2, 401))
+    x = jax.jit(lambda key, x_0: sampling.sample_sde(drift, sigma, key, x_0, times)[0])(key_noise, jax.random.normal(key_0, (n, 2)))
+    mean, covariance = weighted_moments(data)
+    x, mean, covariance = (np.asarray(a, np.float64) for a in (x, mean, covariance))
+    np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4 * np.sqrt(np.diag(covariance) / n))
+    centred = x - mean
+    products = centred[:, :, None] * centred[:, None, :]
+    np.testing.assert_array_less(np.abs(products.mean(0) - covariance), 4 * products.std(0) / np.sqrt(n))
+
+
+def test_drifts_from_velocity_score_and_both_agree(key, x64):
+    """The SDE extension from a velocity alone, a score alone and both, is one drift on the exact fields."""
+    path, data, sigma = paths.Cosine(), mixture(), lambda t: 1 + t
+    x, t = jax.random.normal(key, (9, 2)), jnp.linspace(0.1, 0.9, 9)
+    u, s = marginals.velocity(path, data), marginals.score(path, data)
+    both = sampling.extend(u, s, sigma)(x, t)
+    np.testing.assert_allclose(both, u(x, t) + (1 + t[:, None]) ** 2 / 2 * s(x, t), rtol=1e-12)
+    np.testing.assert_allclose(sampling.sde_drift(path, u, sigma)(x, t), both, rtol=1e-9, atol=1e-9)
+    from_score = targets.convert_field(path, s, source=targets.score, target=targets.velocity)
+    np.testing.assert_allclose(sampling.sde_drift(path, from_score, sigma)(x, t), both, rtol=1e-9, atol=1e-9)
+    # The notes' drift from a score alone, (beta^2 alpha' / alpha - beta' beta + sigma^2 / 2) s + alpha' / alpha x.
+    alpha, beta, (d_alpha, d_beta) = path.alpha(t), path.beta(t), targets.velocity(path, t)
+    printed = (beta**2 * d_alpha / alpha - d_beta * beta + (1 + t) ** 2 / 2)[:, None] * s(x, t) + (d_alpha / alpha)[:, None] * x
+    np.testing.assert_allclose(both, printed, rtol=1e-9, atol=1e-9)
+
+
+def test_sde_drift_evaluates_once_and_starts_at_noise(key):
+    calls = []
+
+    def field(x, t):
+        calls.append(t)
+        return -x
+
+    drift = sampling.sde_drift(paths.Linear(), field, 1.0)(jax.random.normal(key, (3, 2)), 0.0)
+    assert len(calls) == 1
+    assert jnp.isfinite(drift).all()
+
+
+def test_brownian_motion_has_independent_gaussian_increments(key):
+    n = 20_000
+    still = lambda x, t: jnp.zeros_like(x)  # noqa: E731
+    times = jnp.linspace(0, 2, 41)
+    _, states = jax.jit(lambda key: sampling.sample_sde(still, 1.0, key, jnp.zeros((n, 1)), times, save=lambda x, t: x))(key)
+    w = np.asarray(states[:, :, 0])
+    assert (w[0] == 0).all()
+    variance = (w**2).mean(1)
+    np.testing.assert_array_less(np.abs(variance[1:] - times[1:]), 4 * np.sqrt(2 / n) * times[1:])
+    early, late = w[20] - w[0], w[40] - w[20]
+    assert abs((early * late).mean()) < 4 * early.std() * late.std() / np.sqrt(n)
+    assert abs((late**4).mean() / (late**2).mean() ** 2 - 3) < 4 * np.sqrt(24 / n)
+
+
+@pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
+def test_ornstein_uhlenbeck_reaches_its_variance(sigma, key):
+    n, theta = 20_000, 0.25
+    times = jnp.linspace(0, 20, 1001)
+    x = jax.jit(lambda key, x_0: sampling.sample_sde(lambda x, t: -theta * x, sigma, key, x_0, times)[0])(key, jnp.full((n, 1), 3.0))
+    # Its own, and what Euler-Maruyama with this step adds to first order.
+    variance = sigma**2 / (2 * theta) * (1 - np.exp(-2 * theta * 20)) * (1 + theta * 0.02 / 2)
+    assert abs(float(x.var()) - variance) < 4 * np.sqrt(2 / n) * variance
+    assert abs(float(x.mean()) - 3 * np.exp(-theta * 20)) < 4 * np.sqrt(variance / n) + 1e-3
+
+
+def test_langevin_dynamics_reach_and_keep_their_mixture(key):
+    n, sigma = 20_000, 1.4
+    data = marginals.GaussianMixture(jnp.array([0.3, 0.7]), jnp.array([[1.0, 0.0], [-1.0, 0.5]]), jnp.array([0.7, 0.8]))
+    score = marginals.score(paths.Linear(), data)
+    drift = sampling.langevin(lambda x, t: score(x, 1.0), sigma)
+    run = jax.jit(lambda key, x_0: sampling.sample_sde(drift, sigma, key, x_0, jnp.linspace(0, 12, 1201))[0])
+    mean, covariance = weighted_moments(data)
+    for seed, x_0 in enumerate((3 * jax.random.normal(key, (n, 2)), data.sample(key, n))):
+        x = np.asarray(run(jax.random.key(seed), x_0), np.float64)
+        np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4 * np.sqrt(np.diag(covariance) / n))
+        np.testing.assert_array_less(np.abs(np.cov(x.T) - covariance), 0.04)
+
+
+def test_the_draws_of_an_example_do_not_depend_on_its_batch(key):
+    shape = (64, 8, 8, 1)
+    whole = sampling.noise(key, shape)
+    np.testing.assert_array_equal(sampling.noise(key, (1, *shape[1:])), whole[:1])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(64))
+    np.testing.assert_array_equal(sampling.noise(keys[40:50], (10, *shape[1:])), whole[40:50])
+
+    def draw(drift, sigma, keys, x, t, dt):
+        return sampling.noise(keys, x.shape)
+
+    times = jnp.linspace(0, 1, 4)
+    still = lambda x, t: x  # noqa: E731
+    draws = sampling.sample_sde(still, 1.0, key, whole, times, step=draw, save=lambda x, t: x)[1]
+    alone = sampling.sample_sde(still, 1.0, key, whole[:1], times, step=draw, save=lambda x, t: x)[1]
+    np.testing.assert_array_equal(alone, draws[:, :1])
+    # No two of 12,288 draws were made from the same bits, up to the few that 23 random bits let coincide.
+    assert len(np.unique(np.asarray(draws[1:]))) > 0.998 * draws[1:].size
+
+
+def test_a_sample_agrees_within_rounding_in_any_batch(key):
+    path, data = paths.Linear(), mixture()
+    drift = sampling.sde_drift(path, marginals.velocity(path, data), 1.0)
+    sample = jax.jit(lambda key, x_0: sampling.sample_sde(drift, 1.0, key, x_0, jnp.linspace(0, 1, 51))[0])
+    x_0 = sampling.noise(jax.random.fold_in(key, 1), (64, 2))
+    whole = sample(key, x_0)
+    np.testing.assert_allclose(sample(key, x_0[:1]), whole[:1], rtol=1e-4, atol=1e-5)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(64))
+    np.testing.assert_allclose(sample(keys[32:], x_0[32:]), whole[32:], rtol=1e-4, atol=1e-5)
+
+
+@given(steps=st.integers(1, 5), power=st.floats(0.5, 3.0))
+@settings(deadline=None, max_examples=10)
+def test_euler_on_any_grid_is_its_loop(steps, power):
+    """Notes 003's algorithm, with the step that its loop leaves out."""
+    times = np.linspace(0, 1, steps + 1) ** power
+    x = np.array([[1.0, -2.0]], np.float32)
+    x_1, saved = sampling.sample_ode(lambda x, t: -x * (1 + t), x, times, step=sampling.euler, save=lambda x, t: (x, t))
+    for t, dt in zip(times[:-1], np.diff(times), strict=True):
+        x = x + dt * (-x * (1 + t))
+    np.testing.assert_allclose(x_1, x, rtol=1e-5)
+    np.testing.assert_allclose(saved[1], times, atol=1e-6)
+    assert saved[0].shape == (steps + 1, 1, 2)
+    np.testing.assert_array_equal(saved[0][-1], x_1)
+    np.testing.assert_array_equal(saved[0][0], [[1.0, -2.0]])
+
+
+def test_one_trace_and_one_size_for_any_grid():
+    """Steps are static, grids dynamic: ten times the steps, or another spacing, are the same program."""
+
+    @chex.assert_max_traces(n=3)
+    def field(x, t):
+        return -x
+
+    @jax.jit
+    def sample(x_0, times):
+        return sampling.sample_ode(field, x_0, times, step=sampling.euler)[0]
+
+    for times in (jnp.linspace(0, 1, 11), jnp.linspace(0, 1, 11) ** 2):
+        sample(jnp.ones((2, 3)), times)
+    sizes = [len(sample.lower(jnp.ones((2, 3)), jnp.linspace(0, 1, n + 1)).as_text()) for n in (10, 1000)]
+    assert abs(sizes[1] - sizes[0]) < 50
+
+
+def test_a_sampler_is_differentiable(key, x64):
+    """The derivative of the whole scan with respect to a parameter of the field and to the start."""
+    sample = lambda rate, x_0: sampling.sample_ode(lambda x, t: -rate * x, x_0, jnp.linspace(0, 1, 201), step=sampling.rk4)[0]  # noqa: E731
+    x_0 = jax.random.normal(key, (3, 2))
+    np.testing.assert_allclose(jax.jacfwd(sample)(0.7, x_0), -np.exp(-0.7) * x_0, rtol=1e-8)
+    np.testing.assert_allclose(jax.grad(lambda x: sample(0.7, x).sum())(x_0), np.exp(-0.7), rtol=1e-8)
+
+
+def test_state_is_float32_under_half_precision(key):
+    x_0 = jax.random.normal(key, (4, 2), jnp.bfloat16)
+    seen = []
+    x_1, _ = sampling.sample_ode(lambda x, t: seen.append((x.dtype, t.dtype)) or (-x).astype(jnp.bfloat16), x_0, jnp.linspace(0, 1, 5))
+    assert set(seen) == {(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))}
+    assert x_1.dtype == jnp.bfloat16
+
+
+x = jnp.zeros((4, 3))
+grid = jnp.linspace(0, 1, 5)
+same = lambda x, t: x  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (jnp.array([0.0, 0.5, 0.5, 1.0]), r"times must increase, but times\[1\] is 0.5 and times\[2\] is 0.5"),
+        (jnp.linspace(1, 0, 5), r"times must increase, but times\[0\] is 1 and times\[1\] is 0.75"),
+        (jnp.array([0.0, jnp.nan]), r"times must increase, but times\[0\] is 0 and times\[1\] is nan"),
+        (jnp.array([0.0]), r"times has shape \(1,\), but a grid is one-dimensional with at least two times"),
+        (jnp.zeros((2, 2)), r"times has shape \(2, 2\)"),
+    ],
+)
+def test_bad_grids_are_named(times, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.sample_ode(same, x, times)
+    with pytest.raises(ValueError, match=message):
+        sampling.sample_sde(same, 1.0, jax.random.key(0), x, times)
+
+
+def test_bad_input_is_named(key):
+    with pytest.raises(ValueError, match=r"The field's output has shape \(4, 1\), but must be like x, \(4, 3\)"):
+        sampling.sample_ode(lambda x, t: x[:, :1], x, grid)
+    with pytest.raises(ValueError, match=r"The field's output has shape \(4, 1\)"):
+        sampling.sample_sde(lambda x, t: x[:, :1], 1.0, key, x, grid)
+    with pytest.raises(TypeError, match="x_0 has dtype int32"):
+        sampling.sample_ode(same, jnp.zeros((4, 3), int), grid)
+    with pytest.raises(TypeError, match=r"keys are typed: make one with jax\.random\.key"):
+        sampling.sample_sde(same, 1.0, jax.random.PRNGKey(0), x, grid)
+    with pytest.raises(ValueError, match=r"key has shape \(3,\), but it must be one key, \(\), or one an example, \(4,\)"):
+        sampling.sample_sde(same, 1.0, jax.random.split(key, 3), x, grid)
+    with pytest.raises(TypeError, match="steps"):
+        sampling.sample_ode(same, x, grid, steps=5)

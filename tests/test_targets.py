@@ -1,0 +1,160 @@
+"""Targets: every pair converts there and back, by the notes' formulas, up to the ends of the path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from battery import BOUNDED, PATHS, TARGETS, mixture, name
+
+from fmjax import losses, marginals, paths, targets
+
+each_path = pytest.mark.parametrize("path", PATHS, ids=name)
+each_source = pytest.mark.parametrize("source", TARGETS, ids=name)
+each_target = pytest.mark.parametrize("target", TARGETS, ids=name)
+
+
+def draws(key, shape=(6, 4, 4, 3)):
+    key_0, key_1, key_t = jax.random.split(key, 3)
+    t = jax.random.uniform(key_t, shape[:1], minval=0.1, maxval=0.9)
+    return jax.random.normal(key_0, shape), jax.random.normal(key_1, shape), t
+
+
+def value_of(target, path, x_0, x_1, t):
+    a, b = target(path, paths.lift(t, x_0))
+    return a * x_1 + b * x_0
+
+
+@each_path
+@each_source
+@each_target
+def test_conversions_are_exact_and_round_trip(path, source, target, key, x64):
+    x_0, x_1, t = draws(key)
+    x = paths.interpolate(path, x_0, x_1, t)
+    value, wanted = (value_of(row, path, x_0, x_1, t) for row in (source, target))
+    converted = targets.convert(path, value, x, t, source=source, target=target)
+    back = targets.convert(path, converted, x, t, source=target, target=source)
+    scale = max(1, float(jnp.abs(wanted).max()), float(jnp.abs(value).max()))
+    np.testing.assert_allclose(back, value, rtol=0, atol=1e-12 * scale)
+    np.testing.assert_allclose(converted, wanted, rtol=0, atol=1e-12 * scale)
+
+
+@each_path
+def test_rows_are_the_definitions(path, key, x64):
+    x_0, x_1, t = draws(key)
+    np.testing.assert_allclose(value_of(targets.velocity, path, x_0, x_1, t), paths.flow(path, x_0, x_1, t)[1], rtol=1e-12, atol=1e-12)
+    x = paths.interpolate(path, x_0, x_1, t)
+    np.testing.assert_allclose(value_of(targets.score, path, x_0, x_1, t), paths.conditional_score(path, x, x_1, t), rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(value_of(targets.noise, path, x_0, x_1, t), x_0)
+    np.testing.assert_array_equal(value_of(targets.data, path, x_0, x_1, t), x_1)
+    alpha, beta = (schedule(paths.lift(t, x)) for schedule in (path.alpha, path.beta))
+    np.testing.assert_allclose(value_of(targets.v, path, x_0, x_1, t), alpha * x_0 - beta * x_1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine(), paths.Polynomial(2.0)], ids=name)
+def test_velocity_and_score_convert_by_the_notes(path, x64):
+    t = jnp.linspace(0.05, 0.95, 19)
+    alpha, beta = path.alpha(t), path.beta(t)
+    d_alpha, d_beta = targets.velocity(path, t)
+    a, b = targets.coefficients(path, t, source=targets.score, target=targets.velocity)
+    np.testing.assert_allclose(a, d_alpha / alpha, rtol=1e-12)
+    np.testing.assert_allclose(b, beta**2 * d_alpha / alpha - d_beta * beta, rtol=1e-12)
+    p, q = targets.coefficients(path, t, source=targets.velocity, target=targets.score)
+    # Notes 004 print alpha_t for alpha'_t in the first term of the denominator: the closed form has the derivative.
+    denominator = beta**2 * d_alpha - alpha * d_beta * beta
+    np.testing.assert_allclose(p, -d_alpha / denominator, rtol=1e-12)
+    np.testing.assert_allclose(q, alpha / denominator, rtol=1e-12)
+
+
+def test_noise_is_minus_beta_score(key, x64):
+    x_0, x_1, t = draws(key)
+    path = paths.Cosine()
+    x = paths.interpolate(path, x_0, x_1, t)
+    noise = targets.convert(path, -x_0 / path.beta(paths.lift(t, x)), x, t, source=targets.score, target=targets.noise)
+    np.testing.assert_allclose(noise, x_0, rtol=1e-12)
+
+
+@each_source
+@each_target
+@pytest.mark.parametrize("path", BOUNDED, ids=name)
+def test_coefficients_at_the_ends_are_their_limits(path, source, target):
+    """At t = 0 noise and score say nothing of the data, at t = 1 data say nothing of the noise; all else has a limit."""
+    for end, inside in ((0.0, 1e-4), (1.0, 1 - 1e-4)):
+        with jax.enable_x64(True):
+            limit = targets.coefficients(path, jnp.array(inside), source=source, target=target)
+        at_end = targets.coefficients(path, jnp.array(end), source=source, target=target)
+        if all(abs(float(value)) < 100 for value in limit):
+            np.testing.assert_allclose(at_end, [float(value) for value in limit], atol=3e-3)
+
+
+def test_ends_that_matter_are_finite():
+    """What a sampler evaluates at t = 0, and a score network's velocity at t = 1."""
+    for path in BOUNDED:
+        for source in (targets.velocity, targets.noise, targets.v, targets.data):
+            assert np.isfinite(targets.coefficients(path, 0.0, source=source, target=targets.score)).all()
+        for source in (targets.score, targets.noise, targets.v):
+            assert np.isfinite(targets.coefficients(path, 1.0, source=source, target=targets.velocity)).all()
+
+
+@each_source
+@each_target
+def test_marginal_expectations_convert_like_single_draws(source, target, key, x64):
+    """E[a x_1 + b x_0 | x] is affine in the others too: the notes' conversion of marginals."""
+    path, t = paths.Cosine(), 0.6
+    x = jax.random.normal(key, (7, 2))
+    score = marginals.score(path, mixture())(x, t)
+    noise = -path.beta(t) * score
+    data = (x - path.beta(t) * noise) / path.alpha(t)
+    value, wanted = (row(path, t)[0] * data + row(path, t)[1] * noise for row in (source, target))
+    np.testing.assert_allclose(targets.convert(path, value, x, t, source=source, target=target), wanted, rtol=1e-11, atol=1e-11)
+
+
+@each_path
+def test_converted_field_is_the_marginal_velocity(path, key, x64):
+    x, t = jax.random.normal(key, (7, 2)), jnp.linspace(0.1, 0.9, 7)
+    field = targets.convert_field(path, marginals.score(path, mixture()), source=targets.score, target=targets.velocity)
+    np.testing.assert_allclose(field(x, t), marginals.velocity(path, mixture())(x, t), rtol=1e-9, atol=1e-9)
+
+
+@each_path
+@each_source
+@each_target
+def test_weight_turns_one_loss_into_another(path, source, target, key, x64):
+    x_0, x_1, t = draws(key, (6, 5))
+    guess = losses.denoising(lambda x, t: jnp.sin(x), path, x_0, x_1, t, target=source)
+    field = targets.convert_field(path, lambda x, t: jnp.sin(x), source=source, target=target)
+    expected = losses.denoising(field, path, x_0, x_1, t, target=target)
+    np.testing.assert_allclose(guess * targets.weight(path, t, source=source, target=target), expected, rtol=1e-8)
+
+
+def test_a_target_of_ones_own_converts(key, x64):
+    """A target is a function, so a new one needs no registration: here the displacement x_1 - x_0."""
+
+    def displacement(path, t):
+        return jnp.ones_like(t), -jnp.ones_like(t)
+
+    x_0, x_1, t = draws(key)
+    path = paths.Cosine()
+    x = paths.interpolate(path, x_0, x_1, t)
+    value = targets.convert(path, x_1 - x_0, x, t, source=displacement, target=targets.velocity)
+    np.testing.assert_allclose(value, paths.flow(path, x_0, x_1, t)[1], rtol=1e-11, atol=1e-11)
+
+
+def test_half_precision_converts_in_float32(key):
+    x = jax.random.normal(key, (8, 3), jnp.bfloat16)
+    value = targets.convert(paths.Linear(), x, x, 0.5, source=targets.noise, target=targets.velocity)
+    assert value.dtype == jnp.bfloat16
+    exact = targets.convert(
+        paths.Linear(), x.astype(jnp.float32), x.astype(jnp.float32), 0.5, source=targets.noise, target=targets.velocity
+    )
+    np.testing.assert_array_equal(value, exact.astype(jnp.bfloat16))
+
+
+def test_bad_input_is_named():
+    x = jnp.zeros((4, 3))
+    arguments = {"source": targets.noise, "target": targets.data}
+    with pytest.raises(ValueError, match=r"value has shape \(4, 1\)"):
+        targets.convert(paths.Linear(), jnp.zeros((4, 1)), x, 0.5, **arguments)
+    with pytest.raises(ValueError, match=r"t has shape \(3,\)"):
+        targets.convert(paths.Linear(), x, x, jnp.zeros(3), **arguments)
+    with pytest.raises(TypeError, match="value has dtype int32"):
+        targets.convert(paths.Linear(), jnp.zeros((4, 3), int), x, 0.5, **arguments)

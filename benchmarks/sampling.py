@@ -5,9 +5,20 @@
 
 A timing here is a ratio of two programs that ran in turns (A B, B A, ...) in the same process: the median over the
 pairs of one's time over the other's, so that what slows the machine down slows both. `error` is half the width of the
-median's 68% interval, from order statistics; `cpu` is the same ratio in processor seconds of this process, which other
-processes disturb less. A row with a `goal` says whether it was `met`; rows "control" compare a program with itself
-compiled again, and so show what a ratio of 1 looks like here.
+median's 68% interval, from order statistics; `fastest` is the ratio of the shortest times, whose `milliseconds` stand
+beside it; `cpu` is the ratio of processor seconds of this process; `load` is the machine's, and above its number of
+cores the wall clock of any one row means little. A row with a `goal` says whether it was `met`; "compiled programs
+equal" holds without a clock, since equal programs take equal time; rows "control" compare a program with itself and
+so show what a ratio of 1 looks like here.
+
+Where a public solver is faster, and why:
+
+- diffrax at a batch of one, under JAX's default asynchronous dispatch. XLA hands a program over to another thread unless
+  it may call the host, and diffrax's check for errors is such a call; handing over takes longer than the work. The rows
+  "asynchronous dispatch" show it: with `throw=False` the advantage is gone. So all other rows run synchronously.
+- PyTorch's bare network, about equal with one thread at a batch of 1024: its silu takes less than half the time of
+  XLA's there, its matrix products no less. The rows "PyTorch" show it, piece by piece; its samplers are slower all the same. With
+  more threads than free cores its threads wait for each other at every operation, hence a row for one thread.
 """
 
 import dataclasses

@@ -12,9 +12,19 @@ import numpy as np
 from jax import lax
 
 
-def _pair(x, y):
+def _vectors(points):
+    """An array of floats of at least 32 bits."""
+    points = jnp.asarray(points)
+    return points.astype(jnp.promote_types(points.dtype, jnp.float32))
+
+
+def _vectors_on_host(points):
+    return np.asarray(points, np.float64)
+
+
+def _pair(x, y, vectors=_vectors):
     """Two sets of vectors of one length."""
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y = vectors(x), vectors(y)
     if x.ndim < 2 or y.ndim < 2 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
         raise ValueError(f"Two sets of samples are (N, ...) and (M, ...) with the same (...), got {x.shape} and {y.shape}.")
     return x.reshape(len(x), -1), y.reshape(len(y), -1)
@@ -38,8 +48,10 @@ def wasserstein(x, y):
         import ot
     except ImportError as error:
         raise ImportError("metrics.wasserstein needs POT: pip install 'fmjax[metrics]'") from error
-    x, y = (np.asarray(points, np.float64) for points in _pair(x, y))
-    return float(np.sqrt(ot.emd2([], [], ot.dist(x, y), numItermax=10_000_000)))
+    x, y = _pair(x, y, _vectors_on_host)
+    # About the origin, since the squared distances are computed from squared norms.
+    centre = y.mean(0)
+    return float(np.sqrt(ot.emd2([], [], ot.dist(x - centre, y - centre), numItermax=10_000_000)))
 
 
 def sliced_wasserstein(key, x, y, projections=128):
@@ -114,7 +126,7 @@ def frechet_distance(x, y):
     Raises:
       ValueError: if the features differ in shape, or a set has fewer than two.
     """
-    x, y = (np.asarray(points, np.float64) for points in _pair(x, y))
+    x, y = _pair(x, y, _vectors_on_host)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"A covariance needs at least two samples, got {len(x)} and {len(y)}.")
     mean_x, mean_y = x.mean(0), y.mean(0)

@@ -114,7 +114,15 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
       NonFiniteLoss: if a loss or gradient is not finite, at the end of the row in which it came.
       ValueError: if the batches end before the steps.
     """
-    take = jax.jit(lambda state, key, batch: step(state, jax.random.fold_in(key, state.step), batch), donate_argnums=0)
+
+    def take(state, alive, key, batch):
+        new, metrics = step(state, jax.random.fold_in(key, state.step), batch)
+        # After a step that was not finite no other is taken, so that the state is the one before it.
+        alive &= jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
+        return jax.tree.map(lambda new, old: jnp.where(alive, new, old), new, state), alive, metrics
+
+    take = jax.jit(take, donate_argnums=0)
+    alive = jnp.array(True)
     state = jax.tree.map(jnp.copy, state)
     start = int(state.step)
     history, pending, batches = [], [], iter(batches)
@@ -127,7 +135,7 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
                     raise ValueError(
                         f"The batches ended after {n - start} of {steps - start} steps: give an iterable that repeats."
                     ) from None
-                state, metrics = take(state, key, batch)
+                state, alive, metrics = take(state, alive, key, batch)
                 pending.append(metrics)
                 if (n + 1) % every and n + 1 != steps:
                     show(n + 1, None)

@@ -6,7 +6,7 @@ import math
 import pytest
 import tyro
 
-from experiments import dynamics, toy
+from experiments import digits, dynamics, toy
 from fmjax import paths
 
 SMALL = {"width": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "samples": 200}
@@ -81,7 +81,7 @@ def test_dynamics(tmp_path):
         assert abs(report[f"{name}: variance"] - report[f"{name}: in theory"]) < 4 * report[f"{name}: standard error"], name
 
 
-@pytest.mark.parametrize("experiment", [toy, dynamics])
+@pytest.mark.parametrize("experiment", [digits, dynamics, toy])
 def test_unknown_flags_are_refused(experiment, capsys):
     with pytest.raises(SystemExit) as exit:
         tyro.cli(experiment.Config, args=["--no-such-flag", "1"])
@@ -99,3 +99,33 @@ def test_unknown_data_are_refused(capsys):
 def test_flags_reach_the_configuration():
     config = tyro.cli(toy.Config, args=["--data", "spirals", "--sigma", "1", "path:polynomial", "--path.power", "3"])
     assert config == toy.Config(data="spirals", sigma=1.0, path=paths.Polynomial(3.0))
+
+
+def test_digits_samples_again_from_its_checkpoint(tmp_path):
+    small = {
+        "folder": tmp_path,
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+        "steps": 3,
+        "batch": 16,
+        "samples": 12,
+        "sampling_steps": 2,
+        "guidance": (1.0, 2.0),
+    }
+    files = ["samples.png", "trajectories.png", "loss.png", "config.json"]
+    digits.main(digits.Config(**small))
+    trained = read(tmp_path, files, ["checkpoint"])
+    (tmp_path / "samples.png").unlink()
+    digits.main(digits.Config(**small, train=False))
+    again = read(tmp_path, files, ["checkpoint"])
+    assert {name: value for name, value in again.items() if "seconds" not in name} == pytest.approx(
+        {name: value for name, value in trained.items() if "seconds" not in name}, rel=1e-5
+    )
+    with pytest.raises(ValueError, match=r"damaged or of another model.*config\.json"):
+        digits.main(digits.Config(**small | {"width": 32}, train=False))
+
+
+def test_digits_without_a_checkpoint_say_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*train first"):
+        digits.main(digits.Config(folder=tmp_path, train=False))

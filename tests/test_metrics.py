@@ -214,3 +214,17 @@ def test_without_pot(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(ImportError, match=r"fmjax\[metrics\]"):
         metrics.wasserstein(draw(0, 3, 2), draw(1, 3, 2))
+
+
+def test_integers_are_measured_as_floats():
+    x, y = np.array([[250], [3]], np.uint8), np.array([[5], [3]], np.uint8)
+    np.testing.assert_allclose(metrics.nearest_distance(x, y), [245, 0])
+    floats = x.astype(np.float32), y.astype(np.float32)
+    np.testing.assert_allclose(metrics.energy_distance(x, y), metrics.energy_distance(*floats))
+    np.testing.assert_allclose(metrics.sliced_wasserstein(jax.random.key(0), x, y), metrics.sliced_wasserstein(jax.random.key(0), *floats))
+
+
+def test_the_host_keeps_float64():
+    x = 1e5 + np.random.default_rng(0).normal(size=(50, 2))
+    assert abs(metrics.frechet_distance(x, x + np.array([[1e-3, 0]])) - 1e-6) < 1e-8
+    assert abs(metrics.wasserstein(x, x + np.array([[1e-3, 0]])) - 1e-3) < 1e-5

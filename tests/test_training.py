@@ -336,3 +336,12 @@ def test_it_learns(key):
     np.testing.assert_allclose(state.params["w"], [0.5, 1.0, -1.0], atol=0.01)
     np.testing.assert_allclose(state.params["b"], 2.0, atol=0.01)
     assert history[0]["loss"] > history[1]["loss"] > history[2]["loss"]
+
+
+def test_no_step_is_taken_after_one_that_was_not_finite():
+    step = training.make_step(loss_fn, SGD)
+    with pytest.raises(training.NonFiniteLoss, match="at step 1") as caught:
+        fit(step, training.init(params(), SGD), [batch(0), nan_batch(), batch(1), batch(2)], steps=4)
+    undisturbed, _ = fit(step, training.init(params(), SGD), [batch(0)], steps=1)
+    assert caught.value.state.step == 1
+    chex.assert_trees_all_equal(caught.value.state, undisturbed)

@@ -19,6 +19,8 @@ from fmjax.models import layers
 
 _xavier = nn.initializers.xavier_uniform()
 _zeros = nn.initializers.zeros_init()
+# Of the kernel as a matrix from a patch to its features.
+_xavier_patch = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3)
 
 
 def _normalise(h):
@@ -101,7 +103,13 @@ class DiT(nn.Module):
         batch, height, width, channels = x.shape
         rows, columns = height // self.patch, width // self.patch
         h = nn.Conv(
-            self.width, (self.patch, self.patch), (self.patch, self.patch), "VALID", kernel_init=_xavier, dtype=self.dtype, name="patches"
+            self.width,
+            (self.patch, self.patch),
+            (self.patch, self.patch),
+            "VALID",
+            kernel_init=_xavier_patch,
+            dtype=self.dtype,
+            name="patches",
         )(x)
         h = h.reshape(batch, rows * columns, self.width) + layers.grid_positions(rows, columns, self.width).astype(self.dtype)
 
@@ -128,7 +136,7 @@ class DiT(nn.Module):
         )
         h = nn.Dense(self.patch**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(_modulate(h, shift, scale))
         h = h.reshape(batch, rows, columns, self.patch, self.patch, channels)
-        return h.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+        return h.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape).astype(x.dtype)
 
     def _check(self, x):
         if x.ndim != 4:

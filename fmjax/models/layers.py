@@ -85,7 +85,7 @@ class LabelEmbedding(nn.Module):
                 raise ValueError(
                     f"label {wrong.flat[0]} is out of range: labels are 0 to {self.classes - 1}, and {self.classes} means no class."
                 )
-        return table.at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return jnp.asarray(table).at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def require_labels(y, x):

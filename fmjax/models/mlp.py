@@ -29,4 +29,4 @@ class MLP(nn.Module):
             h = jnp.concatenate([h, layers.LabelEmbedding(self.classes, self.width)(layers.require_labels(y, x))], axis=-1)
         for _ in range(self.depth):
             h = self.activation(nn.Dense(self.width)(h))
-        return nn.Dense(features)(h).reshape(x.shape)
+        return nn.Dense(features)(h).reshape(x.shape).astype(x.dtype)

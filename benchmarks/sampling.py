@@ -89,7 +89,7 @@ class Config:
 
 
 def main(config: Config):
-    # Set for emulated devices by the Makefile; here it would only give XLA more threads than there are cores.
+    # Where it is set for emulated devices it would only give XLA more threads than there are cores.
     os.environ.pop("PJRT_NPROC", None)
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_cpu_enable_async_dispatch", config.asynchronous)

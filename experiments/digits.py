@@ -3,8 +3,10 @@
     python -m experiments.digits                       trains, samples and draws, in runs/digits
     python -m experiments.digits --no-train --seed 1   samples again from the checkpoint there
 
-A small DiT learns the velocity of the linear path on scikit-learn's 1,437 training digits of 8 x 8 pixels. The folder
-of the run then holds config.json, metrics.json, loss.png, samples.png, trajectories.png and the checkpoint.
+A small DiT learns the velocity of the linear path on scikit-learn's 1,437 training digits of 8 x 8 pixels. Four to five
+minutes on two CPU cores. At guidance 3 and 5 all labels are read back right; without guidance the samples are 1.1 to 1.3
+times as far from held-out digits, in Fréchet distance, as the training digits are, and no closer to these than held-out
+digits. The folder of the run then holds config.json, metrics.json, loss.png, samples.png, trajectories.png, checkpoint/.
 """
 
 import dataclasses
@@ -46,11 +48,11 @@ class Config:
     """Features of a patch."""
     depth: int = 4
     """Blocks of the transformer."""
-    heads: int = 4
+    heads: int = 2
     """Heads of its attention."""
     dropout: float = 0.0
     """Share of a block's output that training drops."""
-    steps: int = 3000
+    steps: int = 2500
     """Training steps."""
     batch: int = 128
     """Digits a step."""
@@ -76,7 +78,7 @@ def main(config: Config):
     start = time.perf_counter()
     config.folder.mkdir(parents=True, exist_ok=True)
     (train, train_labels), (test, test_labels) = digits.load()
-    model = dit.DiT(config.patch, config.width, config.depth, config.heads, digits.CLASSES, dropout=config.dropout, scan=True)
+    model = dit.DiT(config.patch, config.width, config.depth, config.heads, digits.CLASSES, dropout=config.dropout)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 20, config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay))
     key_init, key_batch, key_train, key_sample = jax.random.split(jax.random.key(config.seed), 4)

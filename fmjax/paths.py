@@ -229,7 +229,7 @@ def conditional_velocity(path, x, x_1, t):
 def conditional_score(path, x, x_1, t):
     """Gradient in x of log p_t(x | x_1).
 
-    grad log p_t(x | z) = -(x - alpha_t z) / beta_t^2    (notes 004, "Gaussian probability path"; 002 drops the sign once)
+    grad log p_t(x | z) = -(x - alpha_t z) / beta_t^2    (notes 004, "Gaussian probability path"; 002 drops the sign twice)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.

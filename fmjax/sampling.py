@@ -208,7 +208,7 @@ def sde_drift(path, velocity_field, sigma):
     """The SDE extension trick from a velocity alone: on a path, the score follows from it.
 
     u_t(x) + sigma_t^2 / 2 (alpha_t u_t(x) - alpha'_t x) / (beta_t (beta_t alpha'_t - alpha_t beta'_t))
-    (3) (notes 004, "Denoising Diffusion Models", whose last formula prints alpha_t for alpha'_t in the denominator)
+    (3) (notes 004, "Denoising Diffusion Models", whose s_t(x) prints alpha_t for alpha'_t in the denominator)
 
     From a score alone, or from predicted noise or data, convert first:
     `sde_drift(path, targets.convert_field(path, score_field, source=targets.score, target=targets.velocity), sigma)`.

@@ -101,16 +101,9 @@ class DiT(nn.Module):
     def __call__(self, x, t, y=None, deterministic=True):
         self._check(x)
         batch, height, width, channels = x.shape
+        side = (self.patch, self.patch)
         rows, columns = height // self.patch, width // self.patch
-        h = nn.Conv(
-            self.width,
-            (self.patch, self.patch),
-            (self.patch, self.patch),
-            "VALID",
-            kernel_init=_xavier_patch,
-            dtype=self.dtype,
-            name="patches",
-        )(x)
+        h = nn.Conv(self.width, side, side, "VALID", kernel_init=_xavier_patch, dtype=self.dtype, name="patches")(x)
         h = h.reshape(batch, rows * columns, self.width) + layers.grid_positions(rows, columns, self.width).astype(self.dtype)
 
         c = layers.TimeEmbedding(self.width, scale=self.time_scale, dtype=self.dtype, name="time")(layers.batch_times(t, x))

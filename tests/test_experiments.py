@@ -111,7 +111,7 @@ def test_digits_samples_again_from_its_checkpoint(tmp_path):
         "batch": 16,
         "samples": 12,
         "sampling_steps": 2,
-        "guidance": (1.0, 2.0),
+        "guidance": (2.0,),
     }
     files = ["samples.png", "trajectories.png", "loss.png", "config.json"]
     digits.main(digits.Config(**small))

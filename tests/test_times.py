@@ -29,11 +29,12 @@ def test_densities(draw, distribution, key):
     assert abs(np.corrcoef(t[:-1], t[1:])[0, 1]) < 4 / np.sqrt(20_000)
 
 
-@given(n=st.integers(1, 300), seed=st.integers(0, 100))
+@given(n=st.sampled_from([1, 2, 7, 100, 257]), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=10)
 def test_stratified_times_fill_every_interval(n, seed):
-    t = np.sort(times.stratified(jax.random.key(seed), n))
-    np.testing.assert_array_equal(np.clip(np.floor(t.astype(np.float64) * n + 1e-4), 0, n - 1), np.arange(n))
+    place = np.sort(times.stratified(jax.random.key(seed), n)).astype(np.float64) * n - np.arange(n)
+    assert (place > -1e-4).all()
+    assert (place < 1 + 1e-4).all()
 
 
 @given(steps=st.integers(1, 100), start=st.floats(0, 0.4), end=st.floats(0.6, 1))

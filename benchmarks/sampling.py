@@ -16,9 +16,10 @@ Where a public solver is faster, and why:
 - diffrax at a batch of one, under JAX's default asynchronous dispatch. XLA hands a program over to another thread unless
   it may call the host, and diffrax's check for errors is such a call; handing over takes longer than the work. The rows
   "asynchronous dispatch" show it: with `throw=False` the advantage is gone. So all other rows run synchronously.
-- PyTorch's bare network, about equal with one thread at a batch of 1024: its silu takes less than half the time of
-  XLA's there, its matrix products no less. The rows "PyTorch" show it, piece by piece; its samplers are slower all the same. With
-  more threads than free cores its threads wait for each other at every operation, hence a row for one thread.
+- PyTorch's bare network at a batch of 1024, by a quarter with two threads on two free cores: its matrix products and its
+  silu each take about half of XLA's time there. The rows "PyTorch" show it, piece by piece. What eager dispatch costs eats
+  the advantage, so that torchdiffeq's sampler is about equal there, and slower at 1 and at 10,000. On busy cores its
+  threads wait for each other at every operation, hence rows for one thread too.
 """
 
 import dataclasses

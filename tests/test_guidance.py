@@ -69,7 +69,7 @@ def test_any_other_scale_is_one_batched_call(key):
 def test_scale_may_be_traced_or_one_an_example(key):
     x, y = jax.random.normal(key, (6, 2)), jnp.array([0, 1, 2, 0, 1, 2])
     field_y = conditional(marginals.velocity, paths.Linear())
-    at = lambda scale: guidance.classifier_free(field_y, y, NULL, scale)(x, 0.4)  # noqa: E731
+    at = lambda scale: guidance.classifier_free(field_y, y, NULL, scale)(x, 0.4)
     np.testing.assert_allclose(jax.jit(at)(1.0), at(1.0), rtol=1e-5, atol=1e-6)
     scales = jnp.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     np.testing.assert_allclose(at(scales[:, None]), [at(float(w))[i] for i, w in enumerate(scales)], rtol=1e-4, atol=1e-5)
@@ -139,7 +139,7 @@ def test_labels_are_dropped_one_by_one(key):
 
 
 def test_bad_input_is_named(key):
-    field_y = lambda x, t, y: x  # noqa: E731
+    field_y = lambda x, t, y: x
     x, y = jnp.zeros((4, 2)), jnp.zeros(4, int)
     for scale in (jnp.nan, jnp.inf, jnp.array([1.0, jnp.nan])):
         with pytest.raises(ValueError, match=r"The guidance scale is .*must be finite"):

@@ -43,7 +43,7 @@ def test_denoising_losses_are_the_notes_l_csm_and_l_ddpm(path, key, x64):
     x_0, x_1, t = draws(key)
     x_t, beta = paths.interpolate(path, x_0, x_1, t), path.beta(t[:, None, None, None])
     prediction = guess(x_t, t)
-    of = lambda target: losses.denoising(guess, path, x_0, x_1, t, target=target)  # noqa: E731
+    of = lambda target: losses.denoising(guess, path, x_0, x_1, t, target=target)
     np.testing.assert_allclose(of(targets.score), ((prediction + x_0 / beta) ** 2).mean((1, 2, 3)), rtol=1e-11)
     np.testing.assert_allclose(of(targets.score), ((beta * prediction + x_0) ** 2 / beta**2).mean((1, 2, 3)), rtol=1e-11)
     # Notes 000 print |eps_theta + eps|^2: the minus sign is the definition's, eps_theta = -beta s_theta.
@@ -119,7 +119,7 @@ def test_half_precision_is_compared_in_float32(key):
 
 def test_bad_input_is_named():
     x, path = jnp.zeros((4, 3)), paths.Linear()
-    same = lambda x, t: x  # noqa: E731
+    same = lambda x, t: x
     with pytest.raises(ValueError, match=r"The field's output has shape \(4, 1\), but must be like x, \(4, 3\)"):
         losses.flow_matching(lambda x, t: x[:, :1], path, x, x, 0.5)
     with pytest.raises(ValueError, match=r"The field's output has shape \(3,\)"):

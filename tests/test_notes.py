@@ -48,7 +48,7 @@ def test_conditional_flow_is_the_path_to_its_point(path, key, x64):
 
     @quick_jit
     def follow(x_0, z):
-        field = lambda x, t: paths.conditional_velocity(path, x, z, t)  # noqa: E731
+        field = lambda x, t: paths.conditional_velocity(path, x, z, t)
         start = paths.interpolate(path, x_0, z, 0.0)
         states = sampling.sample_ode(field, start, times, step=sampling.rk4, save=lambda x, t: x)[1]
         return states, jax.vmap(lambda t: paths.interpolate(path, x_0, z, t))(times)
@@ -59,7 +59,7 @@ def test_conditional_flow_is_the_path_to_its_point(path, key, x64):
 def test_euler_on_the_linear_path_ends_at_the_point_in_n_steps(key, x64):
     """The conditional flow is a line; a loop of n - 1 steps, as the notes print it, ends at time 1 - h."""
     x_0, z = jax.random.normal(key, (2, 5, 2))
-    field = lambda x, t: paths.conditional_velocity(paths.Linear(), x, z, t)  # noqa: E731
+    field = lambda x, t: paths.conditional_velocity(paths.Linear(), x, z, t)
     end, saved = sampling.sample_ode(field, x_0, jnp.linspace(0, 1, 5), step=sampling.euler, save=lambda x, t: x)
     np.testing.assert_allclose(end, z, atol=1e-14)
     np.testing.assert_allclose(saved[-2], z + (x_0 - z) / 4, atol=1e-14)
@@ -85,7 +85,7 @@ def test_marginal_flow_has_the_law_of_the_path(path, x64):
 def test_remainder_of_an_euler_step_vanishes(path, x64):
     """X_{t+h} = X_t + h u_t(X_t) + h R_t(h): halving h halves R, on the flow alpha_t m + sqrt(v_t) x_0 to one normal."""
     t, mean, scale, x_0 = 0.3, 0.7, 0.4, jnp.array([[-1.0], [0.5]])
-    flow = lambda t: path.alpha(t) * mean + jnp.sqrt(path.alpha(t) ** 2 * scale**2 + path.beta(t) ** 2) * x_0  # noqa: E731
+    flow = lambda t: path.alpha(t) * mean + jnp.sqrt(path.alpha(t) ** 2 * scale**2 + path.beta(t) ** 2) * x_0
     field = marginals.velocity(path, marginals.GaussianMixture(jnp.ones(1), jnp.array([[mean]]), jnp.array(scale)))
     remainder = quick_jit(lambda h: (flow(t + h) - sampling.euler(field, flow(t), t, h)) / h)
     remainders = np.array([remainder(h) for h in (1e-2, 5e-3, 2.5e-3)])
@@ -201,12 +201,12 @@ def test_guided_losses_regress_each_class_and_the_null_on_all(target, marginal, 
 
     @quick_jit
     def all_losses(x_0, x_1, x, t, y):
-        of = lambda points: marginal(path, marginals.Empirical(jnp.array(points)[:, None]))(x, t)  # noqa: E731
+        of = lambda points: marginal(path, marginals.Empirical(jnp.array(points)[:, None]))(x, t)
         of_class = jnp.where(y[:, None] == 0, of(POINTS[:1]), of(POINTS[1:]))
         rows = []
         for label, exact in ((y, of_class), (jnp.full_like(y, NULL), of(POINTS))):
             for amount in (0.0, 1.0, -2.0):
-                field = lambda x, t, amount=amount, label=label: jnp.sin(amount * x) + amount * label[:, None] * paths.lift(t, x)  # noqa: E731
+                field = lambda x, t, amount=amount, label=label: jnp.sin(amount * x) + amount * label[:, None] * paths.lift(t, x)
                 rows.append(
                     (
                         at_each_time(weight, losses.denoising(field, path, x_0, x_1, t, target=target)),
@@ -310,7 +310,7 @@ def test_letters_of_edm(path, x64):
         u, score = marginals.velocity(path, line())(x, t), marginals.score(path, line())(x, t)
         denoised = targets.convert(path, u, x, t, source=targets.velocity, target=targets.data)
         t = t[:, None]
-        scaled = lambda x, t: (x / path.alpha(t), path.beta(t) / path.alpha(t))  # noqa: E731
+        scaled = lambda x, t: (x / path.alpha(t), path.beta(t) / path.alpha(t))
         (y, sigma), (dy, d_sigma) = jax.jvp(scaled, (x, t), (u, jnp.ones_like(t)))
         return (dy, (y - denoised) / sigma * d_sigma), ((denoised - y) / sigma**2, path.alpha(t) * score)
 

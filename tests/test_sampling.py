@@ -89,7 +89,7 @@ def test_sde_drift_evaluates_once_and_starts_at_noise(key):
 
 def test_brownian_motion_has_independent_gaussian_increments(key):
     n = 20_000
-    still = lambda x, t: jnp.zeros_like(x)  # noqa: E731
+    still = lambda x, t: jnp.zeros_like(x)
     times = jnp.linspace(0, 2, 41)
     _, states = jax.jit(lambda key: sampling.sample_sde(still, 1.0, key, jnp.zeros((n, 1)), times, save=lambda x, t: x))(key)
     w = np.asarray(states[:, :, 0])
@@ -136,7 +136,7 @@ def test_the_draws_of_an_example_do_not_depend_on_its_batch(key):
         return sampling.noise(keys, x.shape)
 
     times = jnp.linspace(0, 1, 4)
-    still = lambda x, t: x  # noqa: E731
+    still = lambda x, t: x
     draws = sampling.sample_sde(still, 1.0, key, whole, times, step=draw, save=lambda x, t: x)[1]
     alone = sampling.sample_sde(still, 1.0, key, whole[:1], times, step=draw, save=lambda x, t: x)[1]
     np.testing.assert_array_equal(alone, draws[:, :1])
@@ -190,7 +190,7 @@ def test_one_trace_and_one_size_for_any_grid():
 
 def test_a_sampler_is_differentiable(key, x64):
     """The derivative of the whole scan with respect to a parameter of the field and to the start."""
-    sample = lambda rate, x_0: sampling.sample_ode(lambda x, t: -rate * x, x_0, jnp.linspace(0, 1, 201), step=sampling.rk4)[0]  # noqa: E731
+    sample = lambda rate, x_0: sampling.sample_ode(lambda x, t: -rate * x, x_0, jnp.linspace(0, 1, 201), step=sampling.rk4)[0]
     x_0 = jax.random.normal(key, (3, 2))
     np.testing.assert_allclose(jax.jacfwd(sample)(0.7, x_0), -np.exp(-0.7) * x_0, rtol=1e-8)
     np.testing.assert_allclose(jax.grad(lambda x: sample(0.7, x).sum())(x_0), np.exp(-0.7), rtol=1e-8)
@@ -206,7 +206,7 @@ def test_state_is_float32_under_half_precision(key):
 
 x = jnp.zeros((4, 3))
 grid = jnp.linspace(0, 1, 5)
-same = lambda x, t: x  # noqa: E731
+same = lambda x, t: x
 
 
 @pytest.mark.parametrize(

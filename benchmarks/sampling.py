@@ -232,12 +232,16 @@ def difference(name, a, b, **more):
     return row(name, float(np.abs(np.asarray(a) - np.asarray(b)).max()), "max abs difference", **more)
 
 
+def instructions(compiled):
+    """The optimised program's instructions as text, less what depends on where the source stands."""
+    lines = [line for line in (compiled.as_text() or "").splitlines() if re.match(r"\s*(ROOT )?%|ENTRY", line)]
+    return re.sub(r", metadata=\{[^}]*\}", "", "\n".join(lines))
+
+
 def program(function, *arguments):
-    """The optimised program's instructions as text, less what depends on names and on where the source stands."""
-    text = jax.jit(function).lower(*arguments).compile().as_text() or ""
-    lines = [line for line in text.splitlines() if re.match(r"\s*(ROOT )?%|ENTRY", line)]
-    text = re.sub(r", metadata=\{[^}]*\}", "", "\n".join(lines))
+    """The same for a function, less the names."""
     names = {}
+    text = instructions(jax.jit(function).lower(*arguments).compile())
     return re.sub(r"%[\w.\-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), text)
 
 
@@ -271,6 +275,10 @@ def our_sde(model, params, key, x_0, grid):
     return sampling.sample_sde(lambda x, t: model.apply(params, x, t), SIGMA, key, x_0, grid)[0]
 
 
+def our_sde_key_each(model, params, key, x_0, grid):
+    return our_sde(model, params, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x_0))), x_0, grid)
+
+
 def hand_ode(model, params, x_0, grid):
     """Euler's method as one would write it."""
 
@@ -281,7 +289,7 @@ def hand_ode(model, params, x_0, grid):
     return lax.scan(body, x_0, (grid[:-1], jnp.diff(grid)))[0]
 
 
-def hand_sde_one_key(model, params, key, x_0, grid):
+def hand_sde(model, params, key, x_0, grid):
     """Euler and Maruyama's method as one would write it, one key a step for the whole batch."""
 
     def body(carry, interval):
@@ -294,7 +302,7 @@ def hand_sde_one_key(model, params, key, x_0, grid):
 
 
 def hand_sde_key_each(model, params, key, x_0, grid):
-    """The same with a key an example, so that no example's noise depends on the size of the batch: what fmjax promises."""
+    """The same with a key an example, so that any part of a batch can be drawn alone."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x_0)))
 
     def body(x, interval):
@@ -309,7 +317,7 @@ def hand_sde_key_each(model, params, key, x_0, grid):
 def sizes(config):
     """The compiled size of each sampler, which must not grow with the number of steps.
 
-    The size is the length of the optimised program's text with every number written as 0, since the number of steps is
+    The size is the length of the optimised program's instructions with every number written as 0, since the number of steps is
     itself one of the numbers; and the bytes of machine code, on the devices that tell.
     """
     model, params = network(config)
@@ -318,7 +326,7 @@ def sizes(config):
     programs += [("sample_sde, euler_maruyama", functools.partial(our_sde, model), (params, key, x_0))]
     for name, program, arguments in programs:
         compiled = [jax.jit(program).lower(*arguments, times.grid(steps)).compile() for steps in config.sizes]
-        text = [len(re.sub(r"\d+", "0", each.as_text() or "")) for each in compiled]
+        text = [len(re.sub(r"\d+", "0", instructions(each))) for each in compiled]
         code = [getattr(each.memory_analysis(), "generated_code_size_in_bytes", 0) for each in compiled]
         for unit, (few, many) in {"characters of HLO": text, "bytes of machine code": code}.items():
             if few or many:
@@ -343,23 +351,22 @@ def ode(config):
 
 
 def sde(config):
-    """`sample_sde` over Euler and Maruyama's method written by hand, with a key an example and with one for all."""
+    """`sample_sde` over Euler and Maruyama's method written by hand, with one key and with a key an example."""
     model, params = network(config)
     grid = times.grid(config.steps)
-    functions = [functools.partial(function, model) for function in (our_sde, hand_sde_key_each, hand_sde_one_key)]
+    pairs = {"": (our_sde, hand_sde), " with a key an example": (our_sde_key_each, hand_sde_key_each)}
     for batch in config.batches:
         key, x_0 = start_at(config, batch)
-        calls = [functools.partial(jax.jit(function), params, key, x_0, grid) for function in functions]
-        against = f"sample_sde over a scan by hand with a key an example, batch {batch}"
-        against_one = f"sample_sde over a scan by hand with one key for the batch, batch {batch}"
-        yield same_program(against, functions[:2], params, key, x_0, grid)
-        yield difference(f"{against}: results", calls[0](), calls[1]())
-        ran = in_turns(config, calls)
-        yield ratio(f"{against}: run time", ran, 0, 1, most=1.03)
-        yield ratio(f"{against_one}: run time", ran, 0, 2, most=1.03)
-        compiled = compilations(config, functions, [(params, key, x_0, grid)] * 3)
-        yield ratio(f"{against}: compile time", compiled, 0, 1, most=1.2)
-        yield ratio(f"{against_one}: compile time", compiled, 0, 2, most=1.2)
+        for which, pair in pairs.items():
+            against = f"sample_sde over a scan by hand{which}, batch {batch}"
+            functions = [functools.partial(function, model) for function in pair]
+            calls = [functools.partial(jax.jit(function), params, key, x_0, grid) for function in functions]
+            if which:
+                yield same_program(against, functions, params, key, x_0, grid)
+                yield difference(f"{against}: results", calls[0](), calls[1]())
+            yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, most=1.03)
+            compiled = compilations(config, functions, [(params, key, x_0, grid)] * 2)
+            yield ratio(f"{against}: compile time", compiled, 0, 1, most=1.2)
 
 
 def control(config):

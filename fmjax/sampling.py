@@ -5,8 +5,8 @@
     dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    the marginals of (1), any sigma (3)
     dX = sigma_t^2 / 2 grad log p(X) dt + sigma_t dW              Langevin dynamics               (4)
 
-A step for (1) is a function `(field, x, t, dt) -> x`; a step for (2) is `(drift, sigma, keys, x, t, dt) -> x`, with
-one key an example. Grids are arguments of the compiled program and its size does not depend on their length. The
+A step for (1) is a function `(field, x, t, dt) -> x`; a step for (2) is `(drift, sigma, key, x, t, dt) -> x`, which
+draws by `noise(key, x.shape)`. Grids are arguments of the compiled program and its size does not depend on their length. The
 functions are not compiled by themselves: wrap the caller in `jax.jit`, as in
 `jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
 """
@@ -50,40 +50,41 @@ def rk4(field, x, t, dt):
     return x + dt / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
 
 
-def euler_maruyama(drift, sigma, keys, x, t, dt):
+def euler_maruyama(drift, sigma, key, x, t, dt):
     """X_{t+h} = X_t + h u_t(X_t) + sqrt(h) sigma_t epsilon: one evaluation    (notes 003, "Euler-Maruyama method").
 
     Weak order 1; strong order 1 too, since sigma_t does not depend on X.
     """
-    return x + dt * drift(x, t) + jnp.sqrt(dt) * sigma(t) * _normal(keys, x)
+    return x + dt * drift(x, t) + jnp.sqrt(dt) * sigma(t) * noise(key, x.shape, x.dtype)
 
 
-def _keys(key, n):
-    """One key an example: from one key by the example's index, or as they are."""
+def _check_key(key, n):
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(f"key has dtype {key.dtype}, but keys are typed: make one with jax.random.key(seed).")
-    if key.shape == (n,):
-        return key
-    if key.shape:
+    if key.shape not in ((), (n,)):
         raise ValueError(f"key has shape {key.shape}, but it must be one key, (), or one an example, {(n,)}.")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
-
-
-def _normal(keys, x):
-    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 
 def noise(key, shape, dtype=jnp.float32):
     """Standard normal noise in which example i depends on the key and on i, not on the size of the batch.
 
+    JAX's default generator hashes the key with each number's place, and examples come first; so from one key a smaller
+    batch is the head of a larger one. Any part of a batch can be drawn alone where each example has its own key.
+
     Args:
-      key: a typed key; or one an example, (B,), where the examples are a part of a larger batch.
+      key: a typed key; or one an example, (B,), of which example i then depends on the i-th alone.
       shape: (B, ...).
       dtype: a float dtype.
     Returns:
       Noise of that shape.
+    Raises:
+      TypeError: if the key is not typed.
+      ValueError: if there is neither one key nor one an example.
     """
-    return _normal(_keys(key, shape[0]), jax.ShapeDtypeStruct(shape, dtype))
+    _check_key(key, shape[0])
+    if key.ndim == 0:
+        return jax.random.normal(key, shape, dtype)
+    return jax.vmap(lambda key: jax.random.normal(key, shape[1:], dtype))(key)
 
 
 def _check_times(times, dtype):
@@ -156,29 +157,31 @@ def sample_ode(field, x_0, times, *, step=heun, save=None):
 def sample_sde(drift, sigma, key, x_0, times, *, step=euler_maruyama, save=None):
     """Follows a stochastic differential equation (2) along a grid.
 
-    X_{i+1} = step(drift, sigma, keys_i, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Diffusion Model")
+    X_{i+1} = step(drift, sigma, key_i, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Diffusion Model")
 
-    Example i's noise depends on the key, on i and on the number of the step, not on the size of the batch.
+    Example i's noise depends on the key, on i and on the number of the step, not on the size of the batch (see `noise`).
 
     Args:
       drift: (x, t) -> like x; t is a scalar here.
       sigma: the diffusion coefficient, a number or a function of t; at least 0.
-      key: a typed key; or one an example, (B,), where the examples are a part of a larger batch.
+      key: a typed key; or one an example, (B,), of which example i then depends on the i-th alone.
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
-      step: one step, `(drift, sigma, keys, x, t, dt) -> x`: `euler_maruyama`, or yours.
+      step: one step, `(drift, sigma, key, x, t, dt) -> x`: `euler_maruyama`, or yours.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
     Returns:
       x_1, like x_0, and what was saved, with a leading axis of n + 1 from x_0 to x_1 (None without `save`).
     Raises:
       TypeError: if x_0 is not of floats, or the key is not typed.
-      ValueError: if the grid does not increase, or the drift's output has another shape than x.
+      ValueError: if the grid does not increase, the keys are neither one nor one an example, or the drift's output has
+        another shape than x.
     """
     drift, sigma = _like_state(drift), _coefficient(sigma)
-    keys = _keys(key, len(x_0))
+    _check_key(key, len(x_0))
+    fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
 
     def advance(index, x, t, dt):
-        return step(drift, sigma, jax.vmap(jax.random.fold_in, (0, None))(keys, index), x, t, dt)
+        return step(drift, sigma, fold_in(key, index), x, t, dt)
 
     return _follow(advance, x_0, times, save)
 

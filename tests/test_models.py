@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import errors, traverse_util
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmjax.models import dit, layers, mlp
+from fmjax.models import dit, layers, mlp, unet
 
 # The generator and the optimisation that compile fastest.
 KEY = jax.random.key(0, impl="unsafe_rbg")
@@ -25,8 +26,42 @@ Y = jnp.array([1, 4, CLASSES])
 NETWORKS = {
     "mlp": mlp.MLP(width=16, depth=2, classes=CLASSES),
     "dit": dit.DiT(patch=2, width=8, depth=2, heads=2, classes=CLASSES),
+    "modern": dit.DiT(
+        patch=2,
+        width=8,
+        depth=2,
+        heads=2,
+        classes=CLASSES,
+        encoding=layers.LearnableFourier(4),
+        norm=layers.RMSNorm,
+        qk_norm=layers.RMSNorm,
+        perceptron=dit.SwiGLU,
+        rotary=True,
+        bottleneck=4,
+        register_tokens=1,
+        class_tokens=2,
+        tokens_start=1,
+    ),
+    "unet": unet.UNet(width=8, multipliers=(1, 2), blocks=1, attention=(2,), head_width=4, groups=4, dropout=0.0, classes=CLASSES),
+    "adm": unet.UNet(
+        width=8,
+        multipliers=(1, 1.5),
+        blocks=1,
+        attention=(1,),
+        head_width=None,
+        heads=2,
+        groups=4,
+        dropout=0.0,
+        classes=CLASSES,
+        scale_shift=True,
+        resample_blocks=True,
+        encoding=layers.Fourier(4),
+    ),
 }
-WITHOUT_CLASSES = {name: model.clone(classes=None) for name, model in NETWORKS.items()}
+PATCHED, HALVED = ("dit", "modern"), ("unet", "adm")
+IMAGES = PATCHED + HALVED
+ONE_OF_EACH = ("dit", "modern", "adm")
+WITHOUT_CLASSES = {name: model.clone(classes=None, **({"class_tokens": 0} if name == "modern" else {})) for name, model in NETWORKS.items()}
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -41,10 +76,21 @@ def random_parameters(model, *inputs):
     return tree.unflatten([jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
 
 
+class Lazy(dict):
+    """A value a network, made when it is first asked for."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __missing__(self, name):
+        self[name] = self.make(name)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def applied():
     """Parameters of each network with classes, and its compiled application."""
-    return {name: (random_parameters(model, X, T, Y), quick_jit(model.apply)) for name, model in NETWORKS.items()}
+    return Lazy(lambda name: (random_parameters(NETWORKS[name], X, T, Y), quick_jit(NETWORKS[name].apply)))
 
 
 def relative(one, other):
@@ -89,16 +135,23 @@ def test_mlp_by_hand():
     np.testing.assert_allclose(model.apply(params, x, t), h, rtol=1e-4)
 
 
-def test_dit_starts_at_zero():
-    model = NETWORKS["dit"].clone(scan=True)
-    out, params = quick_jit(model.init_with_output)(KEY, X, T, Y)
-    np.testing.assert_array_equal(out, np.zeros_like(X))
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_start_at_zero(applied, name):
+    params = quick_jit(NETWORKS[name].init)(KEY, X, T, Y)
+    np.testing.assert_array_equal(applied[name][1](params, X, T, Y), np.zeros_like(X))
     flat = traverse_util.flatten_dict(params["params"], sep="/")
-    zero = {name for name, leaf in flat.items() if not np.any(leaf)}
-    assert zero == {"blocks/Dense_0/kernel", "last/kernel", "last_modulation/kernel"} | {name for name in flat if name.endswith("bias")}
+    zero = {leaf for leaf, value in flat.items() if not np.any(value) and not leaf.endswith("bias")}
+    if name in PATCHED:
+        assert zero == {f"block_{i}/modulation/kernel" for i in range(2)} | {"last/kernel", "last_modulation/kernel"}
+    else:
+        assert zero == {leaf for leaf in flat if leaf.endswith(("conv_out/kernel", "attention/out/kernel"))} | {"out/kernel"}
+    assert not any(np.any(value) for leaf, value in flat.items() if leaf.endswith("bias"))
     np.testing.assert_allclose(np.std(flat["label/embedding"]), 0.02, rtol=0.4)
-    # Each layer draws its own.
-    kernel = flat["blocks/Attention_0/Dense_0/kernel"]
+
+
+def test_scanned_layers_draw_their_own():
+    params = quick_jit(NETWORKS["dit"].clone(scan=True).init)(KEY, X, T, Y)["params"]
+    kernel = params["blocks_0_1"]["attention"]["Dense_0"]["kernel"]
     assert kernel.shape == (2, 8, 24)
     assert not np.isclose(kernel[0], kernel[1]).any()
 
@@ -116,7 +169,7 @@ def gradient_of(model, params):
 
 @pytest.fixture(scope="module")
 def gradients(applied):
-    return {name: gradient_of(NETWORKS[name], params) for name, (params, _) in applied.items()}
+    return Lazy(lambda name: gradient_of(NETWORKS[name], applied[name][0]))
 
 
 @every_network
@@ -214,20 +267,22 @@ def test_label_rows():
 @pytest.mark.parametrize("name", WITHOUT_CLASSES)
 def test_without_classes_there_is_no_table(name):
     paths = traverse_util.flatten_dict(shapes(WITHOUT_CLASSES[name], X, T)["params"], sep="/")
-    assert not any("embedding" in path for path in paths)
+    assert not any("label" in path or "LabelEmbedding" in path for path in paths)
 
 
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("shape", [(B, 7, 6, 2), (B, 8, 5, 2)])
-def test_images_that_do_not_divide(shape):
-    with pytest.raises(ValueError, match="does not divide into patches of 2 x 2") as caught:
-        shapes(NETWORKS["dit"], jnp.zeros(shape), T, Y)
+def test_images_that_do_not_divide(name, shape):
+    with pytest.raises(ValueError, match=r"does not divide into patches of 2 x 2|cannot be halved 1 times.*multiples of 2") as caught:
+        shapes(NETWORKS[name], jnp.zeros(shape), T, Y)
     assert f"{shape[1]} x {shape[2]}" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("shape", [(B, 8), (B, 8, 6), (B, 1, 8, 6, 2)])
-def test_dit_takes_images(shape):
+def test_networks_of_images_take_images(name, shape):
     with pytest.raises(ValueError, match=r"\(B, H, W, C\)"):
-        shapes(NETWORKS["dit"], jnp.zeros(shape), T, Y)
+        shapes(NETWORKS[name], jnp.zeros(shape), T, Y)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(10, 2), (12, 5), (6, 3)])
@@ -236,44 +291,50 @@ def test_dit_widths(width, heads):
         shapes(NETWORKS["dit"].clone(width=width, heads=heads), X, T, Y)
 
 
-def stack(params, depth):
-    """The parameters of a scanned DiT, from those of its twin."""
-    blocks = [params["params"][f"block_{i}"] for i in range(depth)]
-    rest = {name: value for name, value in params["params"].items() if not name.startswith("block_")}
-    return {"params": rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
+def with_scan(name, params):
+    """The same network with remat, its layers scanned where it can, and the same parameters."""
+    if name in HALVED:
+        return NETWORKS[name].clone(remat=True), lambda params: params
+    return NETWORKS[name].clone(remat=True, scan=True), functools.partial(dit.stack, start=NETWORKS[name].tokens_start)
 
 
-def test_remat_and_scan_change_no_gradient(applied, gradients):
-    params, (out, grads) = stack(applied["dit"][0], 2), gradients["dit"]
-    model = NETWORKS["dit"].clone(remat=True, scan=True)
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes(model, X, T, Y), jax.eval_shape(lambda: params))
-    again, again_grads = gradient_of(model, params)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_remat_and_scan_change_no_gradient(applied, gradients, name):
+    (out, grads), params = gradients[name], applied[name][0]
+    model, stack = with_scan(name, params)
+    stacked = stack(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes(model, X, T, Y), jax.eval_shape(lambda: stacked))
+    again, again_grads = gradient_of(model, stacked)
     np.testing.assert_allclose(again, out, rtol=1e-4, atol=1e-5)
-    for one, other in zip(jax.tree.leaves(again_grads), jax.tree.leaves(stack(grads, 2)), strict=True):
-        assert relative(one, other) < 1e-4
+    for one, other in zip(jax.tree.leaves(again_grads), jax.tree.leaves(stack(grads)), strict=True):
+        assert relative(one, other) < 2e-4
+    if name in PATCHED:
+        chex.assert_trees_all_equal(dit.unstack(stacked), params)
 
 
 @pytest.mark.parametrize(("remat", "scan", "times"), [(False, False, 0), (True, False, 2), (True, True, 1)])
 def test_remat_is_one_a_block(applied, remat, scan, times):
     model, params = NETWORKS["dit"].clone(remat=remat, scan=scan), applied["dit"][0]
-    program = jax.make_jaxpr(model.apply)(stack(params, 2) if scan else params, X, T, Y)
+    program = jax.make_jaxpr(model.apply)(dit.stack(params) if scan else params, X, T, Y)
     assert str(program).count("prevent_cse") == times
     assert str(program).count(f"prevent_cse={not scan}") == times
 
 
-def test_half_precision(applied):
-    params, apply = applied["dit"]
-    model = NETWORKS["dit"].clone(dtype=jnp.bfloat16, scan=True)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_half_precision(applied, name):
+    params, apply = applied[name]
+    model = NETWORKS[name].clone(dtype=jnp.bfloat16)
     chex.assert_type(jax.tree.leaves(shapes(model, X, T, Y)), jnp.float32)
     # Small weights, as networks have them.
     params = jax.tree.map(lambda leaf: leaf / 2, params)
-    out = quick_jit(model.apply)(stack(params, 2), X, T, Y)
+    out = quick_jit(model.apply)(params, X, T, Y)
     assert out.dtype == X.dtype
     assert 0 < relative(out, apply(params, X, T, Y)) < 2e-2
 
 
-def test_dropout_needs_its_key_and_is_off_by_default():
-    model = WITHOUT_CLASSES["dit"].clone(depth=1, dropout=0.5, remat=True)
+@pytest.mark.parametrize("name", ["dit", "adm"])
+def test_dropout_needs_its_key_and_is_off_by_default(name):
+    model = WITHOUT_CLASSES[name].clone(dropout=0.5, remat=True, **({"depth": 1} if name == "dit" else {"multipliers": (1,)}))
     params = random_parameters(model, X, T)
     draw = quick_jit(lambda params, key: model.apply(params, X, T, None, False, rngs={"dropout": key}))
     one, again, other = draw(params, KEY), draw(params, KEY), draw(params, jax.random.split(KEY)[0])
@@ -285,7 +346,22 @@ def test_dropout_needs_its_key_and_is_off_by_default():
         jax.eval_shape(lambda params: model.apply(params, X, T, None, False), params)
 
 
-def paper_parameters(size, classes, channels, patch, width, depth):
+@pytest.mark.parametrize("name", IMAGES)
+def test_learn_sigma_doubles_the_channels(name):
+    out, variables = jax.eval_shape(NETWORKS[name].clone(learn_sigma=True).init_with_output, KEY, X, T, Y)
+    assert out.shape == (*X.shape[:-1], 2 * X.shape[-1])
+    last = variables["params"]["last" if name in PATCHED else "out"]["kernel"]
+    assert last.shape[-1] == 2 * X.shape[-1] * (4 if name in PATCHED else 1)
+
+
+def count(model, shape):
+    """Parameters, without taking memory."""
+    labels = () if model.classes is None else (jnp.zeros(1, jnp.int32),)
+    variables = shapes(model, jax.ShapeDtypeStruct((1, *shape), jnp.float32), 0.5, *labels)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
+
+
+def paper_parameters(classes, channels, out_channels, patch, width, depth):
     """The layers of Peebles and Xie (2023), counted: kernels and biases, positions are fixed."""
 
     def dense(inputs, outputs):
@@ -295,28 +371,71 @@ def paper_parameters(size, classes, channels, patch, width, depth):
     perceptron = dense(width, 4 * width) + dense(4 * width, width)
     block = attention + perceptron + dense(width, 6 * width)
     embeddings = dense(patch**2 * channels, width) + dense(256, width) + dense(width, width) + (classes + 1) * width
-    return embeddings + depth * block + dense(width, 2 * width) + dense(width, patch**2 * channels)
+    return embeddings + depth * block + dense(width, 2 * width) + dense(width, patch**2 * out_channels)
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "heads", "millions"),
-    [(384, 12, 6, 33), (768, 12, 12, 130), (1024, 24, 16, 458), (1152, 28, 16, 675)],
-    ids=["S/2", "B/2", "L/2", "XL/2"],
+    ("size", "width", "depth", "millions"),
+    [("S", 384, 12, 33), ("B", 768, 12, 130), ("L", 1024, 24, 458), ("XL", 1152, 28, 675)],
 )
-def test_published_sizes(width, depth, heads, millions):
-    model = dit.DiT(patch=2, width=width, depth=depth, heads=heads, classes=1000, scan=True)
-    variables = shapes(model, jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32), 0.5, jnp.zeros(1, jnp.int32))
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
-    assert count == paper_parameters(32, 1000, 4, 2, width, depth)
-    # The paper's Table 4, which counts a doubled output as well: within one percent.
-    np.testing.assert_allclose(count / 1e6, millions, rtol=0.01)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_published_sizes_of_transformers(size, width, depth, millions, patch):
+    model = getattr(dit, size)(patch=patch, classes=1000, learn_sigma=True, scan=True)
+    parameters = count(model, (32, 32, 4))
+    assert parameters == paper_parameters(1000, 4, 8, patch, width, depth)
+    if patch == 2:
+        # The paper's Table 4, in millions.
+        assert round(parameters / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("make", "millions"),
+    [
+        # "Back to Basics", Table 9: parameters of JiT-B/16 and L/16 at 256 x 256.
+        (functools.partial(dit.B, tokens_start=4), 131),
+        (functools.partial(dit.L, tokens_start=8), 459),
+    ],
+    ids=["B/16", "L/16"],
+)
+def test_published_sizes_in_pixel_space(make, millions):
+    modern = dict(norm=layers.RMSNorm, qk_norm=layers.RMSNorm, perceptron=dit.SwiGLU, rotary=True, bottleneck=128, class_tokens=32)
+    assert round(count(make(patch=16, classes=1000, scan=True, **modern), (256, 256, 3)) / 1e6) == millions
+
+
+def test_published_size_of_the_unet_for_cifar10():
+    # torchcfm's UNetModelWrapper with its example's settings, as PyTorch counts it.
+    assert count(unet.UNet(), (32, 32, 3)) == 35_746_307
+
+
+@pytest.mark.parametrize(
+    ("fields", "pixels", "millions"),
+    [
+        (dict(width=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(2, 4, 8)), 64, 296),
+        (dict(width=256, multipliers=(1, 1, 2, 3, 4), attention=(4, 8, 16), head_width=None, heads=4), 128, 422),
+        (dict(width=256, multipliers=(1, 1, 2, 2, 4, 4), attention=(8, 16, 32)), 256, 554),
+        (dict(width=256, multipliers=(0.5, 1, 1, 2, 2, 4, 4), attention=(16, 32, 64)), 512, 559),
+    ],
+    ids=["64", "128", "256", "512"],
+)
+def test_published_sizes_of_adm(fields, pixels, millions):
+    # Dhariwal and Nichol 2021, Tables 11 and 12, in millions.
+    model = unet.UNet(classes=1000, scale_shift=True, resample_blocks=True, learn_sigma=True, **fields)
+    assert round(count(model, (pixels, pixels, 3)) / 1e6) == millions
+
+
+def test_lab():
+    """The course's third lab: 32, 64 and 128 channels, two residual blocks a level, no attention."""
+    variables = shapes(unet.LAB(classes=10), jnp.zeros((1, 28, 28, 1)), 0.5, jnp.zeros(1, jnp.int32))["params"]
+    assert [variables[f"down_{level}_1"]["conv_out"]["kernel"].shape[-1] for level in range(3)] == [32, 64, 128]
+    assert not any("attention" in name for name in variables)
+    assert "down_0_2" not in variables
 
 
 def test_patches_stay_in_their_places():
     # With the blocks' gates at zero, each patch of the output comes from that patch of the input.
     model = WITHOUT_CLASSES["dit"].clone(depth=1)
     params = random_parameters(model, X, T)
-    params["params"]["block_0"]["Dense_0"] = jax.tree.map(jnp.zeros_like, params["params"]["block_0"]["Dense_0"])
+    params["params"]["block_0"]["modulation"] = jax.tree.map(jnp.zeros_like, params["params"]["block_0"]["modulation"])
     apply = quick_jit(model.apply)
     moved = np.asarray(X).copy()
     moved[:, 2:4, 4:6] += 1
@@ -341,23 +460,180 @@ def test_grid_positions(height, width, features):
             np.testing.assert_allclose(positions[0, row * width + column], expected, rtol=1e-5, atol=1e-6)
 
 
+ANY_TIMES = st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3)
+
+
 @settings(deadline=None, max_examples=15)
-@given(st.lists(st.floats(0, 1000, width=32), min_size=3, max_size=3))
+@given(ANY_TIMES)
 def test_sinusoids(times):
-    out = layers.sinusoids(jnp.array(times, jnp.float32), 8)
-    angles = [[t * 10_000 ** (-i / 4) for i in range(4)] for t in times]
+    out = layers.Sinusoids(8, scale=1000.0).apply({}, jnp.array(times, jnp.float32))
+    angles = [[1000 * t * 10_000 ** (-i / 4) for i in range(4)] for t in times]
     # A float32 phase of 1,000 is known within 6e-5.
     np.testing.assert_allclose(out, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=3e-4)
 
 
+@settings(deadline=None, max_examples=15)
+@given(ANY_TIMES)
+def test_fourier(times):
+    t = jnp.array(times, jnp.float32)
+    out = layers.Fourier(6, lowest=0.5, highest=8.0).apply({}, t)
+    angles = 2 * np.pi * np.outer(times, [0.5, 2.0, 8.0])
+    np.testing.assert_allclose(out, np.sqrt(2 / 6) * np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-5)
+    weights = jnp.array([0.3, -2.0, 1.5])
+    learnt = layers.LearnableFourier(6).apply({"params": {"frequencies": weights}}, t)
+    angles = 2 * np.pi * np.outer(times, weights)
+    np.testing.assert_allclose(learnt, np.sqrt(2 / 6) * np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-5)
+    for encoded in (out, learnt):
+        np.testing.assert_allclose(np.linalg.norm(encoded, axis=1), 1, rtol=1e-5)
+
+
+def test_times_look_different():
+    t = jnp.linspace(0, 1, 11)
+    for encoding in (layers.Sinusoids(), layers.Fourier()):
+        encoded = np.array(encoding.apply({}, t))
+        encoded /= np.linalg.norm(encoded, axis=1, keepdims=True)
+        assert (encoded @ encoded.T)[~np.eye(11, dtype=bool)].max() < 0.999
+
+
+@pytest.mark.parametrize("encoding", [layers.Sinusoids, layers.Fourier, layers.LearnableFourier])
+def test_encodings_have_even_widths(encoding):
+    with pytest.raises(ValueError, match="width 7, but cosines and sines need an even one"):
+        encoding(7).init(KEY, jnp.zeros(2))
+
+
 def test_time_embedding():
-    model = layers.TimeEmbedding(width=4, frequencies=6, scale=1000.0)
+    model = layers.TimeEmbedding(4, layers.Sinusoids(6))
     t = jnp.array([0.0, 0.123, 1.0])
     params = jax.tree.map(lambda leaf: 3 * leaf, random_parameters(model, t))
     first, second = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"][f"Dense_{i}"]) for i in range(2))
-    h = np.asarray(layers.sinusoids(1000 * t, 6)) @ first["kernel"] + first["bias"][None]
+    h = np.asarray(layers.Sinusoids(6).apply({}, t)) @ first["kernel"] + first["bias"][None]
     h = h / (1 + np.exp(-h)) @ second["kernel"] + second["bias"][None]
     np.testing.assert_allclose(quick_jit(model.apply)(params, t), h, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_group_norm(groups):
+    h = 50 + np.random.default_rng(0).normal(size=(2, 4, 3, 6)).astype(np.float32)
+    params = {"params": {"scale": jnp.arange(1.0, 7.0), "bias": jnp.arange(6.0)}}
+    for module in (layers.GroupNorm(groups), nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False)):
+        wide = h.astype(np.float64).reshape(2, 12, groups, 6 // groups)
+        expected = (wide - wide.mean((1, 3), keepdims=True)) / np.sqrt(wide.var((1, 3), keepdims=True) + 1e-5)
+        expected = expected.reshape(h.shape) * np.arange(1, 7) + np.arange(6)
+        np.testing.assert_allclose(module.apply(params, h), expected, rtol=1e-4, atol=1e-4)
+    one, other = (
+        jax.grad(lambda h, module=module: (module.apply(params, h) ** 3).sum())(jnp.asarray(h))
+        for module in (layers.GroupNorm(groups), nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False))
+    )
+    assert relative(one, other) < 1e-4
+
+
+def test_norms():
+    h = jnp.array([[3.0, -4.0, 0.0, 1.0]])
+    out = layers.LayerNorm().apply({}, h)
+    np.testing.assert_allclose(out, np.asarray(h) / np.sqrt(6.5), rtol=1e-6)
+    scale = {"params": {"scale": jnp.array([1.0, 2.0, 3.0, 4.0])}}
+    np.testing.assert_allclose(layers.RMSNorm().apply(scale, h), np.asarray(h * np.arange(1, 5)[None]) / np.sqrt(6.5), rtol=1e-6)
+    assert layers.RMSNorm().apply(scale, h.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (2, 2, 5, 3)])
+def test_dense_is_flax_dense(shape):
+    h = jax.random.normal(KEY, shape)
+    ours, theirs = layers.Dense(4), nn.Dense(4)
+    params = random_parameters(ours, h)
+    chex.assert_trees_all_equal_shapes(jax.eval_shape(lambda: params), shapes(theirs, h))
+    np.testing.assert_allclose(ours.apply(params, h), theirs.apply(params, h), rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 1000), shift=st.tuples(st.integers(0, 3), st.integers(0, 3)))
+def test_rotary_products_depend_on_differences(seed, shift):
+    # The product of a turned query at one place and a turned key at another, both moved by the same shift.
+    q, k = np.random.default_rng(seed).normal(size=(2, 8)).astype(np.float32)
+    angles = layers.rotary_angles(6, 6, 8).reshape(6, 6, 4)
+
+    def product(place, other):
+        turned = [np.asarray(layers.rotate(v.reshape(1, 1, 1, 8), angles[at][None])) for v, at in ((q, place), (k, other))]
+        return float((turned[0] * turned[1]).sum())
+
+    at, other = (0, 1), (2, 0)
+    moved = [tuple(np.add(place, shift)) for place in (at, other)]
+    np.testing.assert_allclose(product(*moved), product(at, other), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(product(at, at), float(q @ k), rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_angles():
+    angles = layers.rotary_angles(2, 3, 8, before=2)
+    assert angles.shape == (8, 4)
+    np.testing.assert_array_equal(angles[:2], np.zeros((2, 4)))
+    for row in range(2):
+        for column in range(3):
+            np.testing.assert_allclose(angles[2 + 3 * row + column], [row, row / 100, column, column / 100], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(width=12, heads=2, rotary=True), "heads of a multiple of 4 features, but 12 / 2"),
+        (dict(class_tokens=2), "class_tokens is 2, but the network has no classes"),
+        (dict(register_tokens=2, tokens_start=2), "tokens_start is 2, but the blocks are numbered 0 to 1"),
+    ],
+)
+def test_transformers_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        shapes(WITHOUT_CLASSES["dit"].clone(**fields), X, T)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(groups=3), "8 channels, which is no multiple of the 3 groups"),
+        (dict(groups=8), "8 channels in 8 groups are normalised one by one.*fewer groups, or scale_shift"),
+        (dict(attention=(4,)), r"attention is \(4,\), but images are smaller by 1, 2 at the levels"),
+        (dict(head_width=3), "16 channels cannot have heads of 3 channels"),
+        (dict(head_width=None, heads=5), "16 channels cannot have 5 heads"),
+        (dict(head_width=None), "heads is None and head_width is None"),
+        (dict(heads=2), "heads is 2 and head_width is 4"),
+    ],
+)
+def test_unets_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        shapes(WITHOUT_CLASSES["unet"].clone(**fields), X, T)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (3, 8, 8, 2), (6, 33, 32, 1)])
+def test_convolution_and_its_derivatives(shape, stride):
+    rng = np.random.default_rng(0)
+    x, x_dot = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    kernel, kernel_dot = (rng.normal(size=(3, 3, shape[-1], 4)).astype(np.float32) for _ in range(2))
+    pads = ((1, 1), (1, 1))
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    @jax.jit
+    def all_of(x, kernel):
+        out = {}
+        for name, convolve in {"ours": lambda x, kernel: unet.convolve(x, kernel, stride), "plain": plain}.items():
+            value, pull = jax.vjp(convolve, x, kernel)
+            tangent = jax.jvp(convolve, (x, kernel), (x_dot, kernel_dot))[1]
+            # A gradient of a directional derivative, as consistency losses take.
+            mixed = jax.grad(lambda kernel, convolve=convolve: (jax.jvp(lambda x: convolve(x, kernel) ** 2, (x,), (x_dot,))[1]).sum())
+            out[name] = value, pull(value), tangent, mixed(kernel), jax.vmap(convolve, (None, 0))(x, jnp.stack([kernel, -kernel]))
+        return out
+
+    out = all_of(x, kernel)
+    for ours, other in zip(jax.tree.leaves(out["ours"]), jax.tree.leaves(out["plain"]), strict=True):
+        assert relative(ours, other) < 1e-5
+
+
+@pytest.mark.parametrize(("platform", "convolutions", "loops"), [("cuda", 2, 0), ("tpu", 2, 0), ("cpu", 1, 1)])
+def test_convolution_by_shifts_is_for_processors_alone(platform, convolutions, loops):
+    x, kernel = jnp.zeros((4, 8, 8, 2)), jnp.zeros((3, 3, 2, 2))
+    gradient = jax.jit(jax.grad(lambda x, kernel: unet.convolve(x, kernel, 1).sum(), argnums=(0, 1)))
+    program = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert (program.count("stablehlo.convolution("), program.count("stablehlo.while")) == (convolutions, loops)
 
 
 def test_batch_times():

@@ -3,12 +3,17 @@
 An image becomes a row of patches; each block is attention and a perceptron, whose normalisations are shifted and
 scaled, and whose outputs are gated, by the embedding c of the time and the label:
 
-    h <- h + g_1 Attention(s_1 LN(h) + b_1),   h <- h + g_2 MLP(s_2 LN(h) + b_2),   (b, s - 1, g) = Dense(silu(c))
+    h <- h + g_1 Attention(s_1 N(h) + b_1),   h <- h + g_2 Perceptron(s_2 N(h) + b_2),   (b, s - 1, g) = Dense(silu(c))
 
-The gates and the last layer start at zero, so a block starts as the identity and the network as zero.
+The gates and the last layer start at zero, so a block starts as the identity and the network as zero. The published sizes
+are `S`, `B`, `L` and `XL`: `XL(patch=2, classes=1000)` is DiT-XL/2. Later recipes are other modules in its places, such as
+(Li and He 2025, "JiT", whose B/16 it is with `B(patch=16, classes=1000, bottleneck=128, class_tokens=32, tokens_start=4)`):
+
+    DiT(norm=layers.RMSNorm, qk_norm=layers.RMSNorm, perceptron=SwiGLU, rotary=True)
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -23,31 +28,83 @@ _zeros = nn.initializers.zeros_init()
 _xavier_patch = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3)
 
 
-def _normalise(h):
-    """Layer normalisation without parameters, in float32."""
-    wide = h.astype(jnp.float32)
-    wide = wide - wide.mean(-1, keepdims=True)
-    return (wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + 1e-6)).astype(h.dtype)
+class Patches(nn.Module):
+    """An image as a row of patches' features, by way of a narrow layer where there is a bottleneck    (Li and He 2025)."""
+
+    patch: int
+    width: int
+    bottleneck: int | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        side = (self.patch, self.patch)
+        first = self.bottleneck or self.width
+        h = nn.Conv(first, side, side, "VALID", use_bias=not self.bottleneck, kernel_init=_xavier_patch, dtype=self.dtype)(x)
+        h = h.reshape(len(x), -1, first)
+        return layers.Dense(self.width, kernel_init=_xavier, dtype=self.dtype)(h) if self.bottleneck else h
 
 
-def _modulate(h, shift, scale):
-    return _normalise(h) * (1 + scale) + shift
+class ContextTokens(nn.Module):
+    """Tokens that stand before the patches: learnt ones, plus c on each where it is given."""
+
+    count: int
+
+    @nn.compact
+    def __call__(self, h, c=None):
+        tokens = jnp.asarray(self.param("tokens", nn.initializers.normal(0.02), (1, self.count, h.shape[-1])))
+        tokens = jnp.broadcast_to(tokens if c is None else tokens + c[:, None], (len(h), *tokens.shape[1:]))
+        return jnp.concatenate([tokens.astype(h.dtype), h], axis=1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, its softmax in float32."""
+    """Multi-head self-attention, its softmax in float32, its queries and keys turned by angles where they are given."""
 
     heads: int
+    norm: Callable | None = None
     dtype: jnp.dtype = jnp.float32
     implementation: Literal["xla", "cudnn"] = "xla"
 
     @nn.compact
-    def __call__(self, h):
+    def __call__(self, h, angles=None):
         batch, tokens, width = h.shape
-        qkv = nn.Dense(3 * width, kernel_init=_xavier, dtype=self.dtype)(h)
+        qkv = layers.Dense(3 * width, kernel_init=_xavier, dtype=self.dtype)(h)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
+        if self.norm is not None:
+            q, k = self.norm(name="norm_q")(q), self.norm(name="norm_k")(k)
+        if angles is not None:
+            q, k = layers.rotate(q, angles), layers.rotate(k, angles)
         out = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
-        return nn.Dense(width, kernel_init=_xavier, dtype=self.dtype)(out.reshape(h.shape))
+        return layers.Dense(width, kernel_init=_xavier, dtype=self.dtype)(out.reshape(h.shape))
+
+
+class GELU(nn.Module):
+    """Dense, gelu, Dense    (Peebles and Xie 2023)."""
+
+    ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h):
+        wide = nn.gelu(layers.Dense(int(h.shape[-1] * self.ratio), kernel_init=_xavier, dtype=self.dtype)(h), approximate=True)
+        return layers.Dense(h.shape[-1], kernel_init=_xavier, dtype=self.dtype)(wide)
+
+
+class SwiGLU(nn.Module):
+    """Dense (silu(Dense) * Dense), two thirds as wide, so of as many parameters as the other    (Shazeer 2020)."""
+
+    ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h):
+        wide = layers.Dense(2 * int(int(h.shape[-1] * self.ratio) * 2 / 3), kernel_init=_xavier, dtype=self.dtype)(h)
+        gate, value = jnp.split(wide, 2, axis=-1)
+        return layers.Dense(h.shape[-1], kernel_init=_xavier, dtype=self.dtype)(nn.silu(gate) * value)
+
+
+def _modulate(h, shift, scale):
+    return h * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -56,27 +113,30 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dropout: float = 0.0
+    norm: Callable = layers.LayerNorm
+    qk_norm: Callable | None = None
+    perceptron: Callable = GELU
     dtype: jnp.dtype = jnp.float32
-    attention: Literal["xla", "cudnn"] = "xla"
+    implementation: Literal["xla", "cudnn"] = "xla"
 
     @nn.compact
-    def __call__(self, h, c, deterministic=True):
+    def __call__(self, h, c, angles=None, deterministic=True):
         width = h.shape[-1]
-        modulation = nn.Dense(6 * width, kernel_init=_zeros, dtype=self.dtype)(nn.silu(c))[:, None]
+        modulation = layers.Dense(6 * width, kernel_init=_zeros, dtype=self.dtype, name="modulation")(nn.silu(c))[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
-        attended = Attention(self.heads, self.dtype, self.attention)(_modulate(h, shift_1, scale_1))
-        h = h + gate_1 * nn.Dropout(self.dropout)(attended, deterministic)
-        m = nn.Dense(int(width * self.mlp_ratio), kernel_init=_xavier, dtype=self.dtype)(_modulate(h, shift_2, scale_2))
-        m = nn.Dense(width, kernel_init=_xavier, dtype=self.dtype)(nn.gelu(m, approximate=True))
+        attention = Attention(self.heads, self.qk_norm, self.dtype, self.implementation, name="attention")
+        m = attention(_modulate(self.norm(name="norm_1")(h), shift_1, scale_1), angles)
+        h = h + gate_1 * nn.Dropout(self.dropout)(m, deterministic)
+        m = self.perceptron(self.mlp_ratio, self.dtype, name="mlp")(_modulate(self.norm(name="norm_2")(h), shift_2, scale_2))
         return h + gate_2 * nn.Dropout(self.dropout)(m, deterministic)
 
 
 class DiT(nn.Module):
-    """A diffusion transformer.
+    """A diffusion transformer for images of any size.
 
     `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, H, W, C) with H and W divisible
-    by the patch, t is () or (B,), y is (B,) with `classes` for no class; the output is like x. With dropout, training
-    passes `deterministic=False` and `rngs={"dropout": key}`.
+    by the patch, t is () or (B,), y is (B,) with `classes` for no class; the output is like x, or (B, H, W, 2C) with
+    `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
     """
 
     patch: int = 2
@@ -86,8 +146,26 @@ class DiT(nn.Module):
     classes: int | None = None
     mlp_ratio: float = 4.0
     dropout: float = 0.0
-    time_scale: float = 1000.0
-    """Multiplies t before its embedding."""
+    learn_sigma: bool = False
+    """Whether the output has a second half, for a variance, as published weights of discrete-time diffusion have."""
+    encoding: nn.Module = layers.Sinusoids()
+    """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`."""
+    norm: Callable = layers.LayerNorm
+    """Makes the normalisations that are modulated: `layers.LayerNorm` or `layers.RMSNorm`."""
+    qk_norm: Callable | None = None
+    """Makes the normalisations of queries and keys, a head each: `layers.RMSNorm`."""
+    perceptron: Callable = GELU
+    """Makes the perceptrons: `GELU` or `SwiGLU`."""
+    rotary: bool = False
+    """Whether attention sees places by turning queries and keys, beside the positions that are added."""
+    bottleneck: int | None = None
+    """Features between a patch and its embedding, for large patches of pixels."""
+    register_tokens: int = 0
+    """Learnt tokens before the patches."""
+    class_tokens: int = 0
+    """Tokens of the label before the patches."""
+    tokens_start: int = 0
+    """The block before which those tokens join."""
     dtype: jnp.dtype = jnp.float32
     """Of the computation; parameters are float32."""
     attention: Literal["xla", "cudnn"] = "xla"
@@ -95,48 +173,108 @@ class DiT(nn.Module):
     remat: bool = False
     """Whether to recompute each block in the backward pass rather than to keep its activations."""
     scan: bool = False
-    """Whether to compile one block and loop over it, its parameters stacked."""
+    """Whether to compile one block and loop over it, its parameters stacked (see `stack`)."""
 
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True):
         self._check(x)
         batch, height, width, channels = x.shape
-        side = (self.patch, self.patch)
         rows, columns = height // self.patch, width // self.patch
-        h = nn.Conv(self.width, side, side, "VALID", kernel_init=_xavier_patch, dtype=self.dtype, name="patches")(x)
-        h = h.reshape(batch, rows * columns, self.width) + layers.grid_positions(rows, columns, self.width).astype(self.dtype)
+        h = Patches(self.patch, self.width, self.bottleneck, self.dtype, name="patches")(x)
+        h = h + layers.grid_positions(rows, columns, self.width).astype(self.dtype)
 
-        c = layers.TimeEmbedding(self.width, scale=self.time_scale, dtype=self.dtype, name="time")(layers.batch_times(t, x))
+        c = layers.TimeEmbedding(self.width, self.encoding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
+        label = None
         if self.classes is not None:
-            c = c + layers.LabelEmbedding(self.classes, self.width, name="label")(layers.require_labels(y, x)).astype(self.dtype)
+            label = layers.LabelEmbedding(self.classes, self.width, name="label")(layers.require_labels(y, x)).astype(self.dtype)
+            c = c + label
 
-        module = nn.remat(Block, static_argnums=(3,), prevent_cse=not self.scan) if self.remat else Block
-        block = functools.partial(module, self.heads, self.mlp_ratio, self.dropout, self.dtype, self.attention)
-        if self.scan:
+        h = self._blocks(h, c, (rows, columns), 0, range(self.tokens_start if self._tokens else self.depth), deterministic)
+        if self._tokens:
+            if self.register_tokens:
+                h = ContextTokens(self.register_tokens, name="registers")(h)
+            if self.class_tokens:
+                h = ContextTokens(self.class_tokens, name="class_tokens")(h, label)
+            h = self._blocks(h, c, (rows, columns), self._tokens, range(self.tokens_start, self.depth), deterministic)
+            h = h[:, self._tokens :]
+
+        last_modulation = layers.Dense(2 * self.width, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
+        h = _modulate(self.norm(name="last_norm")(h), *jnp.split(last_modulation(nn.silu(c))[:, None], 2, axis=-1))
+        channels = channels * (1 + self.learn_sigma)
+        h = layers.Dense(self.patch**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
+        h = h.reshape(batch, rows, columns, self.patch, self.patch, channels)
+        return h.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels).astype(x.dtype)
+
+    @property
+    def _tokens(self):
+        return self.register_tokens + self.class_tokens
+
+    def _blocks(self, h, c, grid, tokens, indices, deterministic):
+        """The blocks of those indices."""
+        angles = layers.rotary_angles(*grid, self.width // self.heads, tokens) if self.rotary else None
+        module = nn.remat(Block, static_argnums=(4,), prevent_cse=not self.scan) if self.remat else Block
+        fields = (self.heads, self.mlp_ratio, self.dropout, self.norm, self.qk_norm, self.perceptron, self.dtype, self.attention)
+        block = functools.partial(module, *fields)
+        if not self.scan:
+            for i in indices:
+                h = block(name=f"block_{i}")(h, c, angles, deterministic)
+        elif len(indices):
             layer = nn.scan(
-                lambda block, h, _: (block(h, c, deterministic), None),
+                lambda block, h, _: (block(h, c, angles, deterministic), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                length=self.depth,
+                length=len(indices),
             )
-            h, _ = layer(block(name="blocks"), h, None)
-        else:
-            for i in range(self.depth):
-                h = block(name=f"block_{i}")(h, c, deterministic)
-
-        shift, scale = jnp.split(
-            nn.Dense(2 * self.width, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")(nn.silu(c))[:, None], 2, axis=-1
-        )
-        h = nn.Dense(self.patch**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(_modulate(h, shift, scale))
-        h = h.reshape(batch, rows, columns, self.patch, self.patch, channels)
-        return h.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape).astype(x.dtype)
+            h, _ = layer(block(name=f"blocks_{indices[0]}_{indices[-1]}"), h, None)
+        return h
 
     def _check(self, x):
-        if x.ndim != 4:
-            raise ValueError(f"x has shape {x.shape}, but a DiT takes images, (B, H, W, C).")
+        layers.require_images(x)
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(
                 f"The image of {x.shape[1]} x {x.shape[2]} pixels does not divide into patches of {self.patch} x {self.patch}."
             )
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 and of the number of heads, {self.heads}.")
+        if self.rotary and self.width // self.heads % 4:
+            raise ValueError(f"rotary positions need heads of a multiple of 4 features, but {self.width} / {self.heads} is another.")
+        if self.class_tokens and self.classes is None:
+            raise ValueError(f"class_tokens is {self.class_tokens}, but the network has no classes: say classes, or register_tokens.")
+        if self._tokens and not 0 <= self.tokens_start < self.depth:
+            raise ValueError(f"tokens_start is {self.tokens_start}, but the blocks are numbered 0 to {self.depth - 1}.")
+
+
+S = functools.partial(DiT, width=384, depth=12, heads=6)
+B = functools.partial(DiT, width=768, depth=12, heads=12)
+L = functools.partial(DiT, width=1024, depth=24, heads=16)
+XL = functools.partial(DiT, width=1152, depth=28, heads=16)
+
+
+def stack(params, start=0):
+    """The parameters of a DiT with `scan`, from those of its twin without.
+
+    Args:
+      params: of a DiT, {"params": ...}.
+      start: its `tokens_start` where it has tokens before the patches.
+    Returns:
+      The same with the blocks' leaves stacked.
+    """
+    rest = {name: value for name, value in params["params"].items() if not name.startswith("block_")}
+    depth = len(params["params"]) - len(rest)
+    for first, last in ((0, start - 1), (start, depth - 1)):
+        if first <= last:
+            blocks = [params["params"][f"block_{i}"] for i in range(first, last + 1)]
+            rest[f"blocks_{first}_{last}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return {**params, "params": rest}
+
+
+def unstack(params):
+    """The parameters of a DiT without `scan`, from those of its twin with: the inverse of `stack`."""
+    out = {}
+    for name, value in params["params"].items():
+        if name.startswith("blocks_"):
+            first, last = (int(number) for number in name.split("_")[1:])
+            out |= {f"block_{i}": jax.tree.map(lambda leaf, i=i - first: leaf[i], value) for i in range(first, last + 1)}
+        else:
+            out[name] = value
+    return {**params, "params": out}

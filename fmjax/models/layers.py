@@ -1,5 +1,15 @@
-"""Layers that the networks share: embeddings of times, labels and positions."""
+"""Layers that the networks share: embeddings of times, labels and positions, and normalisations.
 
+An encoding of the time is a module `(B,) -> (B, width)` without the network behind it:
+
+    Sinusoids           [cos(1000 t w_i), sin(1000 t w_i)],             w_i = 10000^(-2i / width)               (1)
+    Fourier             sqrt(2 / width) [cos(2 pi t w_i), sin(2 pi t w_i)],  w_i from lowest to highest         (2)
+    LearnableFourier    the same with learnt w_i                                                                (3)
+
+The norm of (2) and (3) is exactly 1, since cos^2 + sin^2 = 1.
+"""
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -14,54 +24,76 @@ def batch_times(t, x):
     return jnp.broadcast_to(t, x.shape[:1])
 
 
-def sinusoids(t, width, max_period=10_000.0):
-    """Cosines and sines of t at frequencies that fall geometrically from 1 to 1 / max_period    (Peebles and Xie 2023).
-
-    [cos(t w_i), sin(t w_i)],  w_i = max_period^(-2i / width),  i = 0 ... width / 2 - 1
-
-    Args:
-      t: (B,), float32.
-      width: of the embedding, even.
-      max_period: the longest wave's, over 2 pi.
-    Returns:
-      (B, width), float32.
-    """
-    frequencies = max_period ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
-    phase = t[:, None] * frequencies[None]
+def _waves(phase):
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
 
 
-def grid_positions(height, width, features):
-    """Fixed sine-cosine positions of a grid of patches: half the features for the column, half for the row    (Peebles and Xie 2023).
+class Sinusoids(nn.Module):
+    """Cosines and sines at frequencies that fall geometrically from 1 to 1 / max_period    (1) (Peebles and Xie 2023)."""
 
-    Args:
-      height: rows.
-      width: columns.
-      features: of the embedding, a multiple of 4.
-    Returns:
-      (1, height * width, features), float32, row by row.
+    width: int = 256
+    scale: float = 1000.0
+    """Multiplies t in [0, 1]: published discrete-time networks count to 1000."""
+    max_period: float = 10_000.0
+    """Of the longest wave, over 2 pi."""
+
+    @nn.compact
+    def __call__(self, t):
+        _require_even(self.width)
+        half = self.width // 2
+        return _waves(self.scale * t[:, None] * self.max_period ** (-jnp.arange(half, dtype=jnp.float32) / half)[None])
+
+
+class Fourier(nn.Module):
+    """Cosines and sines at frequencies that rise geometrically, of norm 1    (2) (the course's notes of 2026).
+
+    w_i = lowest (highest / lowest)^((i - 1) / (width / 2 - 1)),  i = 1 ... width / 2, in periods over [0, 1]
     """
-    frequencies = 10_000.0 ** (-np.arange(features // 4) / (features // 4))
-    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    phases = [place.reshape(-1, 1) * frequencies for place in (column, row)]
-    return np.concatenate([wave(phase) for phase in phases for wave in (np.sin, np.cos)], axis=-1)[None].astype(np.float32)
+
+    width: int = 256
+    lowest: float = 0.25
+    """A quarter of a wave over [0, 1], so that no two times look alike."""
+    highest: float = 256.0
+
+    @nn.compact
+    def __call__(self, t):
+        _require_even(self.width)
+        frequencies = np.geomspace(self.lowest, self.highest, self.width // 2, dtype=np.float32)
+        return np.sqrt(2 / self.width, dtype=np.float32) * _waves(2 * np.pi * t[:, None] * frequencies[None])
+
+
+class LearnableFourier(nn.Module):
+    """Cosines and sines at learnt frequencies, normal at the start, of norm 1    (3) (the course's third lab)."""
+
+    width: int = 256
+    spread: float = 1.0
+    """The standard deviation of the first frequencies, in periods over [0, 1]."""
+
+    @nn.compact
+    def __call__(self, t):
+        _require_even(self.width)
+        frequencies = self.param("frequencies", nn.initializers.normal(self.spread), (self.width // 2,))
+        return np.sqrt(2 / self.width, dtype=np.float32) * _waves(2 * np.pi * t[:, None] * frequencies[None])
+
+
+def _require_even(width):
+    if width % 2 or width < 2:
+        raise ValueError(f"The encoding has width {width}, but cosines and sines need an even one.")
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the time through a two-layer network    (Peebles and Xie 2023)."""
+    """An encoding of the time through a two-layer network    (Peebles and Xie 2023)."""
 
     width: int
-    frequencies: int = 256
-    scale: float = 1000.0
-    """Multiplies t in [0, 1]: published discrete-time networks count to 1000."""
+    encoding: nn.Module = Sinusoids()
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, t):
-        normal = nn.initializers.normal(0.02)
-        h = sinusoids(self.scale * t, self.frequencies).astype(self.dtype)
-        h = nn.silu(nn.Dense(self.width, kernel_init=normal, dtype=self.dtype)(h))
-        return nn.Dense(self.width, kernel_init=normal, dtype=self.dtype)(h)
+        h = self.encoding(t).astype(self.dtype)
+        h = nn.silu(nn.Dense(self.width, kernel_init=self.kernel_init, dtype=self.dtype)(h))
+        return nn.Dense(self.width, kernel_init=self.kernel_init, dtype=self.dtype)(h)
 
 
 class LabelEmbedding(nn.Module):
@@ -94,3 +126,116 @@ def require_labels(y, x):
         given = "none" if y is None else f"shape {jnp.shape(y)}"
         raise ValueError(f"This network has classes and needs one label an example, y of shape {x.shape[:1]}, got {given}.")
     return y
+
+
+def require_images(x):
+    """Raises unless x is a batch of images."""
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {x.shape}, but this network takes images, (B, H, W, C).")
+
+
+class Dense(nn.Dense):
+    """Flax's dense layer on rows: the same numbers, and half the time of its gradient on a CPU, where XLA is slow at a
+    product that sums over two axes."""
+
+    def __call__(self, inputs):
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], self.features)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation without parameters, in float32    (Ba et al. 2016)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, h):
+        wide = h.astype(jnp.float32)
+        wide = wide - wide.mean(-1, keepdims=True)
+        return (wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)).astype(h.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square, and a learnt scale, in float32    (Zhang and Sennrich 2019)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, h):
+        scale = jnp.asarray(self.param("scale", nn.initializers.ones_init(), h.shape[-1:]))
+        wide = h.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)
+        return (wide * scale.reshape((1,) * (h.ndim - 1) + scale.shape)).astype(h.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Normalisation of groups of channels over an image, with a learnt scale and shift, in float32    (Wu and He 2018)."""
+
+    groups: int = 32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, h):
+        channels = h.shape[-1]
+        scale = jnp.asarray(self.param("scale", nn.initializers.ones_init(), (channels,))).reshape(1, 1, 1, -1)
+        bias = jnp.asarray(self.param("bias", nn.initializers.zeros_init(), (channels,))).reshape(1, 1, 1, -1)
+
+        def group_means(wide):
+            means = wide.mean((1, 2)).reshape(len(h), self.groups, -1).mean(-1)
+            return jnp.repeat(means, channels // self.groups, axis=-1)[:, None, None]
+
+        wide = h.astype(jnp.float32)
+        mean = group_means(wide)
+        # The variance does not change with the mean to first order, so its gradient need not go there: a pass less.
+        variance = group_means((wide - jax.lax.stop_gradient(mean)) ** 2)
+        return ((wide - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(h.dtype)
+
+
+def grid_positions(height, width, features):
+    """Fixed sine-cosine positions of a grid of patches: half the features for the column, half for the row    (Peebles and Xie 2023).
+
+    Args:
+      height: rows.
+      width: columns.
+      features: of the embedding, a multiple of 4.
+    Returns:
+      (1, height * width, features), float32, row by row.
+    """
+    frequencies = 10_000.0 ** (-np.arange(features // 4) / (features // 4))
+    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    phases = [place.reshape(-1, 1) * frequencies for place in (column, row)]
+    return np.concatenate([wave(phase) for phase in phases for wave in (np.sin, np.cos)], axis=-1)[None].astype(np.float32)
+
+
+def rotary_angles(height, width, features, before=0):
+    """Angles by which attention turns pairs of features: half the pairs for the row, half for the column    (Su et al. 2021).
+
+    Args:
+      height: rows of patches.
+      width: columns.
+      features: of a head, a multiple of 4.
+      before: tokens before the grid, which are not turned.
+    Returns:
+      (before + height * width, features / 2), float32.
+    """
+    quarter = features // 4
+    frequencies = 10_000.0 ** (-np.arange(quarter) / quarter)
+    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    grid = np.concatenate([place.reshape(-1, 1) * frequencies for place in (row, column)], axis=-1)
+    return np.concatenate([np.zeros((before, 2 * quarter)), grid]).astype(np.float32)
+
+
+def rotate(h, angles):
+    """Turns neighbouring pairs of features by angles, in float32: products of two results depend on differences of places alone.
+
+    (h_2i, h_2i+1) <- (cos a_i h_2i - sin a_i h_2i+1, sin a_i h_2i + cos a_i h_2i+1)    (Su et al. 2021, (34))
+
+    Args:
+      h: queries or keys, (B, tokens, heads, features).
+      angles: (tokens, features / 2).
+    Returns:
+      Like h.
+    """
+    cos, sin = (wave(angles)[None, :, None] for wave in (jnp.cos, jnp.sin))
+    even, odd = (h[..., i::2].astype(jnp.float32) for i in range(2))
+    return jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1).reshape(h.shape).astype(h.dtype)

@@ -1,0 +1,268 @@
+"""The U-Net with residual blocks and attention    (Ho et al. 2020; Dhariwal and Nichol 2021, "ADM"; notes 004, "U-Nets").
+
+On the way down an image is halved level by level and its channels grow; on the way up it is doubled, and every block also
+sees what the way down had there. A residual block adds the embedding e of the time and the label between its convolutions,
+or scales and shifts by it:
+
+    r(h, e) = Skip(h) + Conv(silu(N(Conv(silu(N(h))) + Dense(silu(e))))),   N = GroupNorm in float32
+
+The layers, their paddings, their order of channels and their constants are those of the published PyTorch networks, so that
+their weights fit. The defaults are torchcfm's network for CIFAR-10, but for the scale of its time; the course's third lab is
+`LAB`; ADM's for ImageNet at 256 pixels, which counts its time to 1000, is
+
+    UNet(width=256, multipliers=(1, 1, 2, 2, 4, 4), attention=(8, 16, 32), scale_shift=True, resample_blocks=True,
+         learn_sigma=True, dropout=0.0)
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from fmjax.models import layers
+
+# PyTorch's first weights: uniform with variance 1 / (3 fan_in).
+_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_zeros = nn.initializers.zeros_init()
+
+
+def _direct(x, kernel, stride):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _by_shifts(x, kernel, stride):
+    """The same as nine matrix products, a few images at a time so that they stay in the processor's cache."""
+    size, height, width = x.shape[:3]
+    images = math.gcd(size, max(1, 1 << (4096 // (height * width)).bit_length() - 1))
+
+    # Keeps the images for the backward pass and not their nine shifts.
+    @jax.checkpoint
+    def few(x, kernel):
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return sum(x[:, i : i + height : stride, j : j + width : stride] @ kernel[i, j] for i in range(3) for j in range(3))
+
+    out = lax.map(lambda x: few(x, kernel), x.reshape(size // images, images, *x.shape[1:]))
+    return out.reshape(size, *out.shape[2:])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def convolve(x, kernel, stride=1):
+    """A 3 x 3 convolution with a border of zeros, whose kernel's gradient is fast on a CPU too.
+
+    XLA's own gradient with respect to the kernel runs at a quarter of the speed of its convolution on a CPU. So what is
+    transposed there is another form of the same linear map; on other devices nothing changes. A stride of 2 begins at the
+    first pixel, as PyTorch's does and "SAME" does not.
+
+    Args:
+      x: images, (B, H, W, C).
+      kernel: (3, 3, C, D).
+      stride: 1 or 2.
+    Returns:
+      (B, H / stride, W / stride, D), rounded up.
+    """
+    return _direct(x, kernel, stride)
+
+
+@convolve.defjvp
+def _(stride, primals, tangents):
+    (x, kernel), (x_dot, kernel_dot) = primals, tangents
+    direct = functools.partial(_direct, stride=stride)
+    # Sums of half precision over the groups of images would lose digits.
+    shifts = functools.partial(_by_shifts, stride=stride) if jnp.finfo(x.dtype).bits >= 32 else direct
+    by_kernel = lax.platform_dependent(x, kernel_dot, cpu=shifts, default=direct)
+    return convolve(x, kernel, stride), convolve(x_dot, kernel, stride) + by_kernel
+
+
+class Conv(nn.Module):
+    """`convolve` and a bias."""
+
+    channels: int
+    stride: int = 1
+    kernel_init: nn.initializers.Initializer = _uniform
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h):
+        kernel = jnp.asarray(self.param("kernel", self.kernel_init, (3, 3, h.shape[-1], self.channels)), self.dtype)
+        bias = jnp.asarray(self.param("bias", _zeros, (self.channels,)), self.dtype)
+        return convolve(h.astype(self.dtype), kernel, self.stride) + bias.reshape(1, 1, 1, -1)
+
+
+def _halve(h):
+    return nn.avg_pool(h, (2, 2), (2, 2))
+
+
+def _double(h):
+    return h.repeat(2, axis=1).repeat(2, axis=2)
+
+
+class Residual(nn.Module):
+    """The residual block r(h, e), which halves or doubles the image where it is given how."""
+
+    channels: int
+    dropout: float = 0.0
+    scale_shift: bool = False
+    groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h, e, resample=None, deterministic=True):
+        skip = h
+        h = nn.silu(layers.GroupNorm(self.groups, name="norm_in")(h))
+        if resample is not None:
+            h, skip = resample(h), resample(skip)
+        h = Conv(self.channels, dtype=self.dtype, name="conv_in")(h)
+        norm = layers.GroupNorm(self.groups, name="norm_out")
+        e = layers.Dense(self.channels * (1 + self.scale_shift), kernel_init=_uniform, dtype=self.dtype, name="embedding")(nn.silu(e))
+        e = e[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(e, 2, axis=-1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + e)
+        h = nn.Dropout(self.dropout)(nn.silu(h), deterministic)
+        h = Conv(self.channels, kernel_init=_zeros, dtype=self.dtype, name="conv_out")(h)
+        if skip.shape[-1] != self.channels:
+            skip = layers.Dense(self.channels, kernel_init=_uniform, dtype=self.dtype, name="skip")(skip)
+        return skip + h
+
+
+class PixelAttention(nn.Module):
+    """Self-attention among pixels, added to them; the channels of its first layer go by head, then q, k, v."""
+
+    heads: int
+    groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h):
+        batch, height, width, channels = h.shape
+        qkv = layers.Dense(3 * channels, kernel_init=_uniform, dtype=self.dtype, name="qkv")(layers.GroupNorm(self.groups, name="norm")(h))
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, self.heads, 3, channels // self.heads), 3, 0)
+        out = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
+        return h + layers.Dense(channels, kernel_init=_zeros, dtype=self.dtype, name="out")(out)
+
+
+class UNet(nn.Module):
+    """A U-Net for images of any size that halves often enough.
+
+    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, H, W, C) with H and W multiples of
+    2^(levels - 1), t is () or (B,), y is (B,) with `classes` for no class; the output is like x, or (B, H, W, 2C) with
+    `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+    """
+
+    width: int = 128
+    """Channels, times its multiplier at each level."""
+    multipliers: tuple[float, ...] = (1, 2, 2, 2)
+    """One a level."""
+    blocks: int = 2
+    """Residual blocks a level on the way down; one more on the way up."""
+    attention: tuple[int, ...] = (2,)
+    """By how much an image is smaller where there is attention: 2 is 16 x 16 of 32 x 32. The middle has it unless there is none."""
+    head_width: int | None = 64
+    """Channels of a head of the attention."""
+    heads: int | None = None
+    """Heads, in place of their width."""
+    classes: int | None = None
+    dropout: float = 0.1
+    scale_shift: bool = False
+    """Whether the embedding scales and shifts what the second normalisation gives, rather than to be added before it."""
+    resample_blocks: bool = False
+    """Whether residual blocks halve and double images, rather than convolutions."""
+    learn_sigma: bool = False
+    """Whether the output has a second half, for a variance, as published weights of discrete-time diffusion have."""
+    encoding: nn.Module | None = None
+    """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`; None is `layers.Sinusoids(width)`."""
+    groups: int = 32
+    """Of the normalisation; every number of channels must be a multiple."""
+    dtype: jnp.dtype = jnp.float32
+    """Of the computation; parameters and normalisations are float32."""
+    remat: bool = False
+    """Whether to recompute each block in the backward pass rather than to keep its activations."""
+
+    @nn.compact
+    def __call__(self, x, t, y=None, deterministic=True):
+        channels = [int(self.width * multiplier) for multiplier in self.multipliers]
+        self._check(x, channels)
+        encoding = layers.Sinusoids(self.width) if self.encoding is None else self.encoding
+        embedding = layers.TimeEmbedding(4 * self.width, encoding, _uniform, self.dtype, name="time")
+        e = embedding(layers.batch_times(t, x))
+        if self.classes is not None:
+            label = layers.LabelEmbedding(self.classes, 4 * self.width, name="label")(layers.require_labels(y, x))
+            e = e + label.astype(self.dtype)
+
+        remat = functools.partial(nn.remat, static_argnums=(3, 4)) if self.remat else lambda module: module
+
+        def residual(h, name, width, resample=None):
+            block = remat(Residual)(width, self.dropout, self.scale_shift, self.groups, self.dtype, name=name)
+            return block(h, e, resample, deterministic)
+
+        def attend(h, name, shrink=None):
+            if shrink not in self.attention and (shrink is not None or not self.attention):
+                return h
+            heads = self.heads or h.shape[-1] // self.head_width
+            return (nn.remat(PixelAttention) if self.remat else PixelAttention)(heads, self.groups, self.dtype, name=name)(h)
+
+        last = len(channels) - 1
+        h = Conv(channels[0], dtype=self.dtype, name="in")(x)
+        seen = [h]
+        for level, width in enumerate(channels):
+            for i in range(self.blocks):
+                h = attend(residual(h, f"down_{level}_{i}", width), f"down_{level}_{i}_attention", 2**level)
+                seen.append(h)
+            if level < last:
+                if self.resample_blocks:
+                    h = residual(h, f"down_{level}", width, _halve)
+                else:
+                    h = Conv(width, 2, dtype=self.dtype, name=f"down_{level}")(h)
+                seen.append(h)
+
+        h = residual(h, "middle_0", channels[-1])
+        h = residual(attend(h, "middle_attention"), "middle_1", channels[-1])
+
+        for level, width in reversed(list(enumerate(channels))):
+            for i in range(self.blocks + 1):
+                h = jnp.concatenate([h, seen.pop()], axis=-1)
+                h = attend(residual(h, f"up_{level}_{i}", width), f"up_{level}_{i}_attention", 2**level)
+            if level > 0:
+                if self.resample_blocks:
+                    h = residual(h, f"up_{level}", width, _double)
+                else:
+                    h = Conv(width, dtype=self.dtype, name=f"up_{level}")(_double(h))
+
+        h = nn.silu(layers.GroupNorm(self.groups, name="norm_out")(h))
+        return Conv(x.shape[-1] * (1 + self.learn_sigma), kernel_init=_zeros, dtype=self.dtype, name="out")(h).astype(x.dtype)
+
+    def _check(self, x, channels):
+        layers.require_images(x)
+        multiple = 2 ** (len(channels) - 1)
+        if x.shape[1] % multiple or x.shape[2] % multiple:
+            raise ValueError(
+                f"The image of {x.shape[1]} x {x.shape[2]} pixels cannot be halved {len(channels) - 1} times, once a level after the "
+                f"first: its sides must be multiples of {multiple}."
+            )
+        for width in channels:
+            if width % self.groups:
+                raise ValueError(f"A level has {width} channels, which is no multiple of the {self.groups} groups of the normalisation.")
+            if width == self.groups and not self.scale_shift:
+                raise ValueError(
+                    f"{width} channels in {self.groups} groups are normalised one by one, which takes away the embedding that is added "
+                    "before: use fewer groups, or scale_shift."
+                )
+        if not self.attention:
+            return
+        at = dict(zip((2**level for level in range(len(channels))), channels, strict=True))
+        if not set(self.attention) <= set(at):
+            raise ValueError(f"attention is {self.attention}, but images are smaller by {', '.join(map(str, at))} at the levels.")
+        if (self.heads is None) == (self.head_width is None):
+            raise ValueError(f"heads is {self.heads} and head_width is {self.head_width}, but one says what the other is: leave one None.")
+        for width in (channels[-1], *(at[shrink] for shrink in self.attention)):
+            if width % (self.heads or self.head_width):
+                heads = f"{self.heads} heads" if self.heads else f"heads of {self.head_width} channels"
+                raise ValueError(f"Attention among {width} channels cannot have {heads}, which do not divide them.")
+
+
+LAB = functools.partial(UNet, width=32, multipliers=(1, 2, 4), attention=(), groups=8, dropout=0.0)

@@ -8,7 +8,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers env lock clean
+.PHONY: demo test lint bench bench-peers bench-networks bench-train env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,12 @@ bench: $(READY)  ## one JSON line a number
 
 bench-peers: .venv.peers/ready  ## the same beside diffrax, torchdiffeq and flow_matching, in an environment of its own
 	.venv.peers/bin/python -m benchmarks.sampling $(ARGS)
+
+bench-networks: .venv.peers/ready  ## the networks beside PyTorch's: compile time, memory, forward passes, train steps
+	.venv.peers/bin/python -m benchmarks.networks $(ARGS)
+
+bench-train: $(READY)  ## the train step of DiT-{S,B,L,XL}/{2,4,8}: ARGS="--model DiT-XL/2"
+	$(RUN) -m benchmarks.train_step $(ARGS)
 
 .venv.peers/ready: requirements.lock pyproject.toml benchmarks/peers.txt
 	$(PYTHON) -m venv .venv.peers

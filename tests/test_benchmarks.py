@@ -4,9 +4,10 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from benchmarks import sampling
+from benchmarks import networks, rows, sampling, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -36,30 +37,100 @@ def check(line):
     return row
 
 
+def finished(found):
+    """Rows as they are printed."""
+    where = rows.describe()
+    return [check(json.dumps(rows.finish(row, where))) for row in found]
+
+
 @pytest.mark.parametrize("part", [sampling.ode, sampling.sde, sampling.control, sampling.guided_points, sampling.guided_images])
 def test_part_runs(part):
-    where = sampling.describe()
-    rows = [check(json.dumps(sampling.finish(row, where))) for row in part(TINY)]
-    assert any(row["unit"] == "ratio" for row in rows)
-    assert all(row["value"] == 0 for row in rows if row["name"].endswith("results"))
-    assert all(row["value"] == 1 for row in rows if row["name"].endswith("programs equal"))
+    found = finished(part(TINY))
+    assert any(row["unit"] == "ratio" for row in found)
+    assert all(row["value"] == 0 for row in found if row["name"].endswith("results"))
+    assert all(row["value"] == 1 for row in found if row["name"].endswith("programs equal"))
 
 
 def test_compiled_size_does_not_grow_with_steps():
-    rows = list(sampling.sizes(TINY))
-    assert len(rows) >= 2 * (len(sampling.STEPS) + 1)
-    assert all(row["met"] for row in rows if "met" in row)
-    assert sum("met" in row for row in rows) == len(rows) // 2
+    found = list(sampling.sizes(TINY))
+    assert len(found) >= 2 * (len(sampling.STEPS) + 1)
+    assert all(row["met"] for row in found if "met" in row)
+    assert sum("met" in row for row in found) == len(found) // 2
 
 
 def test_missing_peer_is_named(capsys):
-    assert not sampling.ready(sampling.diffrax_ode, ("no_such_package",))
+    assert not rows.ready(sampling.diffrax_ode, ("no_such_package",))
     assert "make bench-peers" in capsys.readouterr().err
+
+
+def test_networks_without_pytorch(capsys, monkeypatch):
+    monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None)
+    assert networks.transformer not in networks.chosen(networks.Config())
+    assert "transformer: torch not installed; `make bench-networks`" in capsys.readouterr().err
+    assert networks.transformer not in networks.chosen(networks.Config(peers=False))
+    assert not capsys.readouterr().err
 
 
 def test_command(tmp_path):
     out = tmp_path / "folder" / "sampling.jsonl"
     command = [sys.executable, "-m", "benchmarks.sampling", "--only", "ode", "--out", str(out), *FLAGS]
-    printed = subprocess.run(command, cwd=sampling.ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True, check=True).stdout
     assert out.read_text() == printed
     assert all(check(line)["name"].startswith("sample_ode") for line in printed.splitlines())
+
+
+@pytest.fixture
+def compile_fast():
+    """Programs are compiled as they come, since nobody looks at their speed."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.convolution])
+@pytest.mark.usefixtures("compile_fast")
+def test_part_of_networks_runs(part):
+    few = ("DiT-S/8",)
+    config = networks.Config(scan_models=few, remat_models=few, depth=1, batch=2, seconds=0.0, repeats=2, compiles=1, peers=False)
+    found = finished(part(config))
+    assert any(row["unit"] == "ratio" for row in found)
+    assert all(row["value"] < 1e-5 for row in found if row["name"].endswith("largest difference"))
+
+
+@pytest.mark.usefixtures("compile_fast")
+def test_train_step_runs(tmp_path, capsys):
+    out = tmp_path / "folder" / "train_step.jsonl"
+    config = train_step.Config(model="DiT-S/8", depth=1, dtype="float32", remat=True, repeats=1, pytorch=False)
+    rows.report(train_step.measure(config), out)
+    printed = capsys.readouterr().out
+    assert out.read_text() == printed
+    found = [check(line) for line in printed.splitlines()]
+    assert {"ms", "1/s", "GFLOP", "MiB"} <= {row["unit"] for row in found}
+    assert all("batch 2" in row["name"] and "remat" in row["name"] for row in found)
+
+
+# Billions of multiplications with their additions of a forward pass (Peebles and Xie 2023, table of all models).
+PUBLISHED = {"S/8": 0.36, "S/4": 1.41, "S/2": 6.06, "B/8": 1.42, "B/4": 5.56, "B/2": 23.01}
+PUBLISHED |= {"L/8": 5.01, "L/4": 19.70, "L/2": 80.71, "XL/8": 7.39, "XL/4": 29.05, "XL/2": 118.64}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("scan", [True, False])
+def test_flops_are_the_published_ones(name, scan):
+    model = train_step.network(f"DiT-{name}", scan=scan)
+    assert train_step.flops(model, 32, 32) / 2e9 == pytest.approx(PUBLISHED[name], rel=0.001, abs=0.005)
+    if name == "XL/2":
+        assert 3 * train_step.flops(model, 32, 32) == pytest.approx(711.6e9, rel=0.01)
+
+
+def test_unknown_model_is_named():
+    with pytest.raises(ValueError, match="There is no model 'DiT-M/2'"):
+        train_step.network("DiT-M/2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"), [("NVIDIA H100 80GB HBM3", 989.4e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("cpu", None)]
+)
+def test_peak_by_the_name_of_the_device(kind, peak):
+    assert train_step.peak_of(kind) == peak

@@ -1,13 +1,17 @@
 """The experiments run, at a size of seconds: their files, their numbers against theory, their errors."""
 
+import dataclasses
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 
-from experiments import digits, dynamics, toy
+from experiments import digits, dynamics, fashion_mnist, toy
 from fmjax import paths
+from fmjax.models import unet
 
 SMALL = {"width": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "samples": 200}
 
@@ -81,7 +85,7 @@ def test_dynamics(tmp_path):
         assert abs(report[f"{name}: variance"] - report[f"{name}: in theory"]) < 4 * report[f"{name}: standard error"], name
 
 
-@pytest.mark.parametrize("experiment", [digits, dynamics, toy])
+@pytest.mark.parametrize("experiment", [digits, dynamics, fashion_mnist, toy])
 def test_unknown_flags_are_refused(experiment, capsys):
     with pytest.raises(SystemExit) as exit:
         tyro.cli(experiment.Config, args=["--no-such-flag", "1"])
@@ -129,3 +133,38 @@ def test_digits_samples_again_from_its_checkpoint(tmp_path):
 def test_digits_without_a_checkpoint_say_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*train first"):
         digits.main(digits.Config(folder=tmp_path, train=False))
+
+
+@pytest.fixture
+def few_clothes(monkeypatch):
+    """Noise in the form of Fashion-MNIST: 260 images to train on, 40 held out."""
+    rng = np.random.default_rng(0)
+
+    def part(count):
+        return rng.uniform(-1, 1, (count, 28, 28, 1)).astype(np.float32), np.arange(count, dtype=np.int32) % 10
+
+    parts = part(260), part(40)
+    monkeypatch.setattr(fashion_mnist.fashion_mnist, "load", lambda folder: parts)
+
+
+def test_fashion_mnist(tmp_path, few_clothes):
+    network = fashion_mnist.Transformer(patch=14, width=16, depth=1, heads=2)
+    small = dict(network=network, steps=3, batch=16, warm_up=1, guidance=(2.0,), samples=2, sampling_steps=2, judge_epochs=0)
+    config = fashion_mnist.Config(tmp_path / "run", results=tmp_path / "results.json", **small)
+    (tmp_path / "results.json").write_text('{"another": {"loss": 1.0}}')
+    fashion_mnist.main(config)
+    files = ["samples.png", "trajectories.png", "loss.png", "config.json"]
+    report = read(tmp_path / "run", files, ["checkpoint"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.keys() == {"another", "run"}
+    assert results["run"].items() >= report.items()
+
+
+def test_fashion_mnist_of_the_course():
+    configs = {name: config for name, (_, config) in fashion_mnist.CONFIGS.items()}
+    assert configs["lab-dit"].network == fashion_mnist.Transformer(patch=4, width=256, depth=8, heads=8)
+    assert fashion_mnist.make_network(configs["lab-unet"].network).clone(classes=None) == unet.LAB()
+    chosen = tyro.extras.overridable_config_cli(fashion_mnist.CONFIGS, args=["lab-unet", "--steps", "7"])
+    assert chosen == dataclasses.replace(configs["lab-unet"], steps=7)
+    with pytest.raises(FileNotFoundError, match="has neither train-images-idx3-ubyte"):
+        fashion_mnist.main(dataclasses.replace(chosen, data_dir=Path(__file__).parent))

@@ -1,4 +1,4 @@
-"""The program that the README opens with, run as printed."""
+"""The programs of the README and of the documents, run as printed."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from sklearn.datasets import make_moons
 
-from fmjax import metrics
+from fmjax import checkpoints, metrics
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+
+
+def run(document):
+    """The names that the one program of a document leaves."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    names = {}
+    with jax.numpy_rank_promotion("allow"):
+        exec(compile(program, document, "exec"), names)
+    return names
 
 
 def test_the_readme_program_learns_the_moons():
-    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    names = {}
-    with jax.numpy_rank_promotion("allow"):
-        exec(compile(program, str(README), "exec"), names)
+    names = run("README.md")
     data = np.asarray(names["data"])
     fresh = jnp.asarray(make_moons(10_000, noise=0.05, random_state=0)[0], jnp.float32)
     scale = fresh.std(0, keepdims=True)
@@ -26,3 +33,19 @@ def test_the_readme_program_learns_the_moons():
     floor = float(metrics.sliced_wasserstein(jax.random.key(1), other, jnp.asarray(data)))
     print(f"sliced Wasserstein of samples {distance:.4f}, of other data {floor:.4f}")
     assert distance <= 0.06
+
+
+def test_an_nnx_module_is_a_field(tmp_path):
+    names = run("docs/nnx.md")
+    state, field, x = names["state"], names["field"], names["x_1"]
+    # Nearly all samples lie by one of the two points of the data, and by each of them half.
+    distances = np.linalg.norm(np.asarray(x)[:, None] - np.asarray(names["data"])[None], axis=-1)
+    assert np.median(distances.min(1)) < 0.2
+    assert 0.3 < (distances.argmin(1) == 0).mean() < 0.7
+    # The state is a pytree like any other, and what was learnt goes back into a module.
+    checkpoints.save(tmp_path / "checkpoint", state)
+    restored = checkpoints.restore(tmp_path / "checkpoint", state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    model = names["Network"](64, nnx.Rngs(1))
+    nnx.update(model, restored.ema)
+    np.testing.assert_allclose(model(x, 0.5), field(state.ema)(x, 0.5), rtol=1e-6)

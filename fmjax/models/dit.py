@@ -189,17 +189,18 @@ class DiT(nn.Module):
             label = layers.LabelEmbedding(self.classes, self.width, name="label")(layers.require_labels(y, x)).astype(self.dtype)
             c = c + label
 
-        h = self._blocks(h, c, (rows, columns), 0, range(self.tokens_start if self._tokens else self.depth), deterministic)
+        h = self._blocks(h, c, rows, columns, 0, range(self.tokens_start if self._tokens else self.depth), deterministic)
         if self._tokens:
             if self.register_tokens:
                 h = ContextTokens(self.register_tokens, name="registers")(h)
             if self.class_tokens:
                 h = ContextTokens(self.class_tokens, name="class_tokens")(h, label)
-            h = self._blocks(h, c, (rows, columns), self._tokens, range(self.tokens_start, self.depth), deterministic)
+            h = self._blocks(h, c, rows, columns, self._tokens, range(self.tokens_start, self.depth), deterministic)
             h = h[:, self._tokens :]
 
         last_modulation = layers.Dense(2 * self.width, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
-        h = _modulate(self.norm(name="last_norm")(h), *jnp.split(last_modulation(nn.silu(c))[:, None], 2, axis=-1))
+        shift, scale = jnp.split(last_modulation(nn.silu(c))[:, None], 2, axis=-1)
+        h = _modulate(self.norm(name="last_norm")(h), shift, scale)
         channels = channels * (1 + self.learn_sigma)
         h = layers.Dense(self.patch**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
         h = h.reshape(batch, rows, columns, self.patch, self.patch, channels)
@@ -209,9 +210,9 @@ class DiT(nn.Module):
     def _tokens(self):
         return self.register_tokens + self.class_tokens
 
-    def _blocks(self, h, c, grid, tokens, indices, deterministic):
+    def _blocks(self, h, c, rows, columns, tokens, indices, deterministic):
         """The blocks of those indices."""
-        angles = layers.rotary_angles(*grid, self.width // self.heads, tokens) if self.rotary else None
+        angles = layers.rotary_angles(rows, columns, self.width // self.heads, tokens) if self.rotary else None
         module = nn.remat(Block, static_argnums=(4,), prevent_cse=not self.scan) if self.remat else Block
         fields = (self.heads, self.mlp_ratio, self.dropout, self.norm, self.qk_norm, self.perceptron, self.dtype, self.attention)
         block = functools.partial(module, *fields)

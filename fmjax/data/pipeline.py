@@ -1,0 +1,116 @@
+"""The way from a source to the device: batches in a reproducible order that can be stopped and resumed.
+
+    source = images.folder("photos", size=64)
+    stream = pipeline.to_device(pipeline.batches(source, 128))
+
+Keep `stream.get_state()` with a checkpoint, and give it to `set_state` of a stream made in the same way: the next batch is
+the one that would have come.
+"""
+
+import collections
+
+import jax
+
+
+def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, process_index=None, process_count=None):
+    """An iterator of batches, read ahead of need.
+
+    Each epoch is another permutation of the source, of which the last `len(source) % size` are left out. The batches of all
+    processes together are the same for any number of them.
+
+    Args:
+      source: has a length and gives pairs `(image, label)` of numpy, as those of `data.images` do.
+      size: of the batch over all processes.
+      seed: of the order.
+      epochs: how many, or None to go on for ever.
+      shuffle: whether to; else the order is the source's.
+      threads: that read, each a batch; 0 reads when asked, which is quickest for arrays in memory.
+      process_index: of this process, by default JAX's.
+      process_count: by default JAX's.
+    Returns:
+      An iterator of `(images, labels)`, numpy arrays of size / process_count, with grain's `get_state()`, which JSON can
+      hold, `set_state(state)` and `close()`. A state counts the batches given: it is good for an iterator of the same
+      arguments, whatever its threads.
+    Raises:
+      ImportError: if grain is not installed (`pip install fmjax[images]`).
+      ValueError: if the batch does not divide among the processes, or is larger than the source.
+    """
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("data.pipeline needs grain: pip install 'fmjax[images]'") from error
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}; expected one in [0, {process_count}), the number of processes.")
+    if size < 1 or size % process_count:
+        raise ValueError(f"size is {size}; expected a positive multiple of the {process_count} processes.")
+    if len(source) < size:
+        raise ValueError(f"size is {size}; expected at most the {len(source)} examples of the source: give a smaller batch or more data.")
+    order = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        order = order.shuffle()
+    order = order[: len(source) // size * size][process_index::process_count].batch(size // process_count).repeat(epochs)
+    return iter(order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+
+
+def to_device(iterator, *, ahead=2, sharding=None):
+    """The batches of an iterator as JAX arrays, in their order, some on their way to the device before they are needed.
+
+    Args:
+      iterator: of pytrees of numpy arrays; those of `batches` can be resumed.
+      ahead: how many batches are on their way while one is used.
+      sharding: of the global arrays, of which each process holds its part; by default they go to the default device.
+    Returns:
+      An iterator, whose `get_state()` is that after the batch it gave last, whatever is on its way, and whose
+      `set_state(state)` goes on from there.
+    Raises:
+      ValueError: if ahead is negative.
+    """
+    if ahead < 0:
+        raise ValueError(f"ahead is {ahead}; expected 0 or more.")
+    return _Ahead(iter(iterator), ahead, sharding)
+
+
+class _Ahead:
+    def __init__(self, iterator, ahead, sharding):
+        self._iterator, self._ahead, self._sharding = iterator, ahead, sharding
+        self._waiting = collections.deque()
+        # None while nothing was drawn: then the iterator's own state holds.
+        self._state = None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._state is None:
+            self._state = self._drawn()
+        while len(self._waiting) <= self._ahead:
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                break
+            self._waiting.append((self._put(batch), self._drawn()))
+        if not self._waiting:
+            raise StopIteration
+        batch, self._state = self._waiting.popleft()
+        return batch
+
+    def get_state(self):
+        state = self._drawn() if self._state is None else self._state
+        if state is None:
+            raise TypeError(f"A {type(self._iterator).__name__} has no state; expected an iterator with get_state, as batches gives.")
+        return state
+
+    def set_state(self, state):
+        self._iterator.set_state(state)
+        self._waiting.clear()
+        self._state = None
+
+    def _drawn(self):
+        return self._iterator.get_state() if hasattr(self._iterator, "get_state") else None
+
+    def _put(self, batch):
+        if self._sharding is None:
+            return jax.device_put(batch)
+        return jax.tree.map(lambda part: jax.make_array_from_process_local_data(self._sharding, part), batch)

@@ -83,8 +83,10 @@ class Config:
     """Whether to recompute each block in the backward pass."""
     scan: bool = True
     """Whether to compile one block and loop over it."""
-    pytorch: bool | None = None
-    """Whether to measure PyTorch too; none is where it is installed with CUDA."""
+    peers: bool = True
+    """Whether to measure PyTorch where it is installed with CUDA."""
+    pytorch: bool = False
+    """Whether to measure it without CUDA too."""
     seed: int = 0
     """Of the weights and the data."""
 
@@ -128,7 +130,7 @@ def measure(config):
     yield rows.row(f"{name}: operations an image", operations / 1e9, "GFLOP")
 
     theirs = None
-    if config.pytorch is not False and rows.ready(pytorch, ("torch",), "bench-networks"):
+    if (config.peers or config.pytorch) and rows.ready(pytorch, ("torch",), "bench-networks"):
         # In a new process, whose end gives the memory back.
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             theirs = pool.submit(pytorch, config).result()
@@ -263,7 +265,7 @@ def fmjax(config, model, device):
 def pytorch(config):
     """PyTorch's step, or None where there is no CUDA and nobody asked."""
     torch = importlib.import_module("torch")
-    if config.pytorch is None and not torch.cuda.is_available():
+    if not config.pytorch and not torch.cuda.is_available():
         return None
     from benchmarks import pytorch as twins
 

@@ -90,7 +90,10 @@ def compile_fast():
 
 @pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.convolution])
 @pytest.mark.usefixtures("compile_fast")
-def test_part_of_networks_runs(part):
+def test_part_of_networks_runs(part, monkeypatch):
+    if part is networks.scan:
+        # Compiles in a fraction of the time; the train step itself is compiled by the other part.
+        monkeypatch.setattr(networks, "step", networks.forward)
     few = ("DiT-S/8",)
     config = networks.Config(scan_models=few, remat_models=few, depth=1, batch=2, seconds=0.0, repeats=2, compiles=1, peers=False)
     found = finished(part(config))
@@ -101,7 +104,7 @@ def test_part_of_networks_runs(part):
 @pytest.mark.usefixtures("compile_fast")
 def test_train_step_runs(tmp_path, capsys):
     out = tmp_path / "folder" / "train_step.jsonl"
-    config = train_step.Config(model="DiT-S/8", depth=1, dtype="float32", remat=True, repeats=1, pytorch=False)
+    config = train_step.Config(model="DiT-S/8", depth=1, dtype="float32", remat=True, repeats=1, peers=False)
     rows.report(train_step.measure(config), out)
     printed = capsys.readouterr().out
     assert out.read_text() == printed
@@ -116,12 +119,19 @@ PUBLISHED |= {"L/8": 5.01, "L/4": 19.70, "L/2": 80.71, "XL/8": 7.39, "XL/4": 29.
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("scan", [True, False])
-def test_flops_are_the_published_ones(name, scan):
-    model = train_step.network(f"DiT-{name}", scan=scan)
+def test_flops_are_the_published_ones(name):
+    # The published networks predict a variance too.
+    model = train_step.network(f"DiT-{name}", learn_sigma=True, scan=True)
     assert train_step.flops(model, 32, 32) / 2e9 == pytest.approx(PUBLISHED[name], rel=0.001, abs=0.005)
-    if name == "XL/2":
-        assert 3 * train_step.flops(model, 32, 32) == pytest.approx(711.6e9, rel=0.01)
+
+
+def test_flops_of_a_training_image():
+    assert 3 * train_step.flops(train_step.network("DiT-XL/2", scan=True), 32, 32) == pytest.approx(711.6e9, rel=0.01)
+
+
+def test_flops_of_a_loop_are_those_of_its_blocks():
+    loop, unrolled = (train_step.network("DiT-S/2", depth=2, scan=scan) for scan in (True, False))
+    assert train_step.flops(loop, 16, 32) == train_step.flops(unrolled, 16, 32)
 
 
 def test_unknown_model_is_named():

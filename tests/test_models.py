@@ -602,7 +602,7 @@ def test_unets_that_cannot_be(fields, message):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (3, 8, 8, 2), (6, 33, 32, 1)])
+@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (33, 4, 4, 2), (16, 3, 3, 1)])
 def test_convolution_and_its_derivatives(shape, stride):
     rng = np.random.default_rng(0)
     x, x_dot = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
@@ -628,12 +628,12 @@ def test_convolution_and_its_derivatives(shape, stride):
         assert relative(ours, other) < 1e-5
 
 
-@pytest.mark.parametrize(("platform", "convolutions", "loops"), [("cuda", 2, 0), ("tpu", 2, 0), ("cpu", 1, 1)])
-def test_convolution_by_shifts_is_for_processors_alone(platform, convolutions, loops):
-    x, kernel = jnp.zeros((4, 8, 8, 2)), jnp.zeros((3, 3, 2, 2))
+@pytest.mark.parametrize(("platform", "convolutions"), [("cuda", 2), ("tpu", 2), ("cpu", 4)])
+def test_convolution_by_parts_is_for_processors_alone(platform, convolutions):
+    x, kernel = jnp.zeros((40, 8, 8, 2)), jnp.zeros((3, 3, 2, 2))
     gradient = jax.jit(jax.grad(lambda x, kernel: unet.convolve(x, kernel, 1).sum(), argnums=(0, 1)))
     program = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
-    assert (program.count("stablehlo.convolution("), program.count("stablehlo.while")) == (convolutions, loops)
+    assert program.count("stablehlo.convolution(") == convolutions
 
 
 def test_batch_times():

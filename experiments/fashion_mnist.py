@@ -289,7 +289,8 @@ def record(config, report):
     """Puts the run's numbers, its settings and its machine into the file of results."""
     device = jax.devices()[0]
     kind = f"cpu {platform.machine()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-    settings = {field: repr(value) for field, value in dataclasses.asdict(config).items() if field not in ("folder", "data_dir", "results")}
+    names = [field.name for field in dataclasses.fields(config) if field.name not in ("folder", "data_dir", "results")]
+    settings = {name: repr(getattr(config, name)) for name in names}
     lab = {"loss a pixel that the course publishes for MNIST": [0.128, 0.137]}
     runs = json.loads(config.results.read_text()) if config.results.exists() else {}
     runs[config.folder.name] = {"device": kind, "jax": jax.__version__, "settings": settings} | report | lab

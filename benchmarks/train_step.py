@@ -215,7 +215,7 @@ def memory(compiled):
     """What the compiler says of a program's memory."""
     counted = compiled.memory_analysis()
     if counted is None:
-        raise NotImplementedError("This device's compiler does not count memory.")
+        raise RuntimeError(f"The compiler for {jax.devices()[0].device_kind} does not count memory, so there is no row to print.")
     return counted
 
 

@@ -155,9 +155,10 @@ class Judge(nn.Module):
 
 
 def main(config: Config):
+    if config.warm_up >= config.steps:
+        raise SystemExit(f"--warm-up is {config.warm_up} steps of {config.steps} in all: give fewer, or more --steps.")
     start = time.perf_counter()
-    data = fashion_mnist.load(config.data_dir)
-    (train, train_labels), (test, test_labels) = data
+    (train, train_labels), (test, test_labels) = fashion_mnist.load(config.data_dir)
     classes = fashion_mnist.CLASSES
     model = make_network(config.network)
     config.folder.mkdir(parents=True, exist_ok=True)

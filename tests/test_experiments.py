@@ -166,5 +166,7 @@ def test_fashion_mnist_of_the_course():
     assert fashion_mnist.make_network(configs["lab-unet"].network).clone(classes=None) == unet.LAB()
     chosen = tyro.extras.overridable_config_cli(fashion_mnist.CONFIGS, args=["lab-unet", "--steps", "7"])
     assert chosen == dataclasses.replace(configs["lab-unet"], steps=7)
+    with pytest.raises(SystemExit, match=r"--warm-up is 150 steps of 20 in all"):
+        fashion_mnist.main(dataclasses.replace(configs["dit"], steps=20))
     with pytest.raises(FileNotFoundError, match="has neither train-images-idx3-ubyte"):
         fashion_mnist.main(dataclasses.replace(chosen, data_dir=Path(__file__).parent))

@@ -10,6 +10,7 @@ import pytest
 from battery import ORDERS, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fmjax import marginals, paths, sampling, targets
 
@@ -142,6 +143,13 @@ def test_the_draws_of_an_example_do_not_depend_on_its_batch(key):
     for some in (draws[1:], draws_each[1:]):
         # No two of 12,288 draws were made from the same bits, up to the few that 23 random bits let coincide.
         assert len(np.unique(np.asarray(some))) > 0.998 * some.size
+
+
+def test_draws_do_not_depend_on_the_number_of_devices(key):
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+    shared = jax.jit(lambda key: sampling.noise(key, (64, 3)), out_shardings=sharding)(key)
+    assert len(shared.sharding.device_set) == 8
+    np.testing.assert_array_equal(shared, sampling.noise(key, (64, 3)))
 
 
 def test_a_sample_agrees_within_rounding_in_any_batch(key):

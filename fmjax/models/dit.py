@@ -7,9 +7,10 @@ scaled, and whose outputs are gated, by the embedding c of the time and the labe
 
 The gates and the last layer start at zero, so a block starts as the identity and the network as zero. The published sizes
 are `S`, `B`, `L` and `XL`: `XL(patch=2, classes=1000)` is DiT-XL/2. Later recipes are other modules in its places, such as
-(Li and He 2025, "JiT", whose B/16 it is with `B(patch=16, classes=1000, bottleneck=128, class_tokens=32, tokens_start=4)`):
+(Li and He 2025), whose JiT-B/16 is
 
-    DiT(norm=layers.RMSNorm, qk_norm=layers.RMSNorm, perceptron=SwiGLU, rotary=True)
+    B(patch=16, classes=1000, encoding=layers.Sinusoids(scale=1.0), bottleneck=128, class_tokens=32, tokens_start=4,
+      norm=layers.RMSNorm, qk_norm=layers.RMSNorm, perceptron=SwiGLU, rotary=True)
 """
 
 import functools

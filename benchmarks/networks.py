@@ -63,6 +63,8 @@ class Config:
     """About how long to measure one comparison; a longer one is less noisy."""
     repeats: int = 7
     """Pairs of runs at least, unless they would take ten times as long as that."""
+    precision: float = 0.03
+    """Of a ratio, relative: more pairs are run until it is reached, or ten times as long as that has passed."""
     compiles: int = 1
     """Pairs of compilations."""
     only: tuple[str, ...] = ()

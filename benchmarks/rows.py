@@ -4,7 +4,8 @@ A timing is a ratio of two programs that ran in turns (A B, B A, ...) in the sam
 pairs of one's time over the other's, so that what slows the machine down slows both. `error` is half the width of the
 median's 68% interval, from order statistics; `fastest` is the ratio of the shortest times, whose `milliseconds` stand
 beside it; `cpu` is the ratio of processor seconds of this process; `load` is the machine's, and above its number of
-cores the wall clock of any one row means little. A row with a `goal` says whether it was `met`.
+cores the wall clock of any one row means little. A row with a `goal` says whether it was `met`; where two programs
+compile to the same instructions that is the goal, and their clock, which stands beside it, has none.
 """
 
 import importlib.util
@@ -125,15 +126,30 @@ def in_turns(config, calls, least=3e-3):
     round_trip = sum(count * seconds for count, seconds in zip(inner, single, strict=True))
     least_n = max(2, min(config.repeats, int(10 * config.seconds / round_trip)))
     n = min(max(least_n, int(config.seconds / round_trip)), 20 * config.repeats)
-    wall, cpu = np.zeros((2, n, len(calls)))
-    for i in range(n):
-        for j in range(len(calls))[:: 1 if i % 2 else -1]:
+    wall, cpu, began = [], [], time.perf_counter()
+    # More pairs than that where they still scatter, whatever the ratio is, up to ten times as long.
+    while len(wall) < n or (spread(np.array(wall)) > config.precision and time.perf_counter() - began < 10 * config.seconds):
+        for seconds in (wall, cpu):
+            seconds.append([0.0] * len(calls))
+        for j in range(len(calls))[:: 1 if len(wall) % 2 else -1]:
             time.sleep(2e-3)
             start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(inner[j]):
                 jax.block_until_ready(calls[j]())
-            wall[i, j], cpu[i, j] = (time.perf_counter() - start) / inner[j], (time.process_time() - start_cpu) / inner[j]
-    return wall, cpu
+            wall[-1][j], cpu[-1][j] = (time.perf_counter() - start) / inner[j], (time.process_time() - start_cpu) / inner[j]
+    return np.array(wall), np.array(cpu)
+
+
+def interval(pairs):
+    """The 68% interval of the median, from order statistics."""
+    pairs, n = np.sort(pairs), len(pairs)
+    return pairs[max(0, math.floor(n / 2 - math.sqrt(n) / 2))], pairs[min(n - 1, math.ceil(n / 2 + math.sqrt(n) / 2))]
+
+
+def spread(wall):
+    """The largest relative error of a ratio of the other columns' times to the first's."""
+    ratios = [wall[:, j] / wall[:, 0] for j in range(1, wall.shape[1])]
+    return max((np.subtract(*interval(pairs)[::-1]) / (2 * np.median(pairs)) for pairs in ratios), default=0.0)
 
 
 def compilations(config, functions, arguments):
@@ -157,15 +173,13 @@ def compilations(config, functions, arguments):
 def ratio(name, measured, over, under, **more):
     """The row of a ratio of two columns of what `in_turns` or `compilations` measured."""
     wall, cpu = (seconds[:, [over, under]] for seconds in measured)
-    pairs = np.sort(wall[:, 0] / wall[:, 1])
-    n = len(pairs)
-    low, high = max(0, math.floor(n / 2 - math.sqrt(n) / 2)), min(n - 1, math.ceil(n / 2 + math.sqrt(n) / 2))
+    pairs = wall[:, 0] / wall[:, 1]
     extra = {
-        "error": short((pairs[high] - pairs[low]) / 2, 2),
+        "error": short(np.subtract(*interval(pairs)[::-1]) / 2, 2),
         "fastest": short(wall[:, 0].min() / wall[:, 1].min()),
         "cpu": short(cpu[:, 0].sum() / max(cpu[:, 1].sum(), 1e-9)),
         "milliseconds": [short(1e3 * wall[:, i].min()) for i in range(2)],
-        "pairs": n,
+        "pairs": len(pairs),
         "load": short(os.getloadavg()[0], 2),
     }
     return row(name, float(np.median(pairs)), "ratio", **extra, **more)

@@ -18,18 +18,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import tyro
 from sklearn.svm import SVC
 
-from fmjax import checkpoints, guidance, losses, metrics, paths, sampling, times, training
+from fmjax import checkpoints, guidance, losses, metrics, paths, pictures, sampling, times, training
 from fmjax.data import digits
 from fmjax.models import dit
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +109,7 @@ def main(config: Config):
         step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
         save = functools.partial(checkpoints.save, checkpoint)
         state, history = training.fit(step, state, batches(), key_train, steps=config.steps, every=25, save=save)
-        draw_loss(config.folder / "loss.png", history)
+        pictures.loss(config.folder / "loss.png", history, "flow matching loss a pixel")
     else:
         state = checkpoints.restore(checkpoint, state)
     trained = time.perf_counter()
@@ -129,10 +125,10 @@ def main(config: Config):
     y = jnp.repeat(jnp.arange(digits.CLASSES), config.samples)
     x_0 = sampling.noise(key_sample, (len(y), *train.shape[1:]))
     report = {"classifier accuracy on held-out digits": judge.score(flat(test), test_labels)}
-    pictures = {}
+    drawn = {}
     for scale in config.guidance:
         x_1 = sample(state.ema, x_0, y, scale)[0]
-        pictures[scale] = np.asarray(x_1).reshape(digits.CLASSES, config.samples, *x_1.shape[1:])
+        drawn["no guidance" if scale == 1 else f"guidance {scale:g}"] = x_1.reshape(digits.CLASSES, config.samples, *x_1.shape[1:])
         report[f"label accuracy at guidance {scale:g}"] = judge.score(flat(x_1), y)
 
     # As many samples as training digits, with their labels, so that both distances have the same bias.
@@ -146,9 +142,9 @@ def main(config: Config):
         "nearest training digit, median distance of samples": float(jnp.median(metrics.nearest_distance(unguided, train))),
         "nearest training digit, median distance of held-out": float(jnp.median(metrics.nearest_distance(test, train))),
     }
-    draw_samples(config.folder / "samples.png", pictures)
+    pictures.samples(config.folder / "samples.png", drawn, range(digits.CLASSES))
     moments = sample(state.ema, x_0[:: config.samples], y[:: config.samples], config.guidance[len(config.guidance) // 2], keep)[1]
-    draw_trajectories(config.folder / "trajectories.png", np.asarray(moments), np.asarray(grid))
+    pictures.trajectories(config.folder / "trajectories.png", moments, grid, range(digits.CLASSES))
     report |= {"seconds to train": trained - start, "seconds in all": time.perf_counter() - start}
     (config.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     for name, value in report.items():
@@ -162,53 +158,6 @@ def flat(images):
 
 def keep(x, t):
     return x
-
-
-def draw_loss(file, history):
-    """The training loss, a pixel."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([row["step"] for row in history], [row["loss"] for row in history])
-    axes.set(xlabel="step", ylabel="flow matching loss a pixel", yscale="log")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def draw_samples(file, pictures, columns=12):
-    """A row a digit, a block a guidance scale."""
-    figure, blocks = plt.subplots(1, len(pictures), figsize=(4 * len(pictures), 3.7), layout="constrained", squeeze=False)
-    for axes, (scale, images) in zip(blocks[0], pictures.items(), strict=True):
-        axes.imshow(tile(images[:, :columns, :, :, 0]), cmap="gray_r", vmin=-1, vmax=1)
-        axes.set(
-            title="no guidance" if scale == 1 else f"guidance {scale:g}",
-            xticks=[],
-            yticks=np.arange(len(images)) * 9 + 4,
-            yticklabels=range(len(images)),
-        )
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def draw_trajectories(file, moments, grid, columns=11):
-    """Noise becoming digits: a row a digit, time from left to right."""
-    chosen = np.linspace(0, len(grid) - 1, columns).round().astype(int)
-    figure, axes = plt.subplots(figsize=(6, 5.6), layout="constrained")
-    axes.imshow(tile(moments[chosen, :, :, :, 0].swapaxes(0, 1)), cmap="gray_r", vmin=-1, vmax=1)
-    axes.set(
-        xlabel="t",
-        xticks=np.arange(columns) * 9 + 4,
-        xticklabels=[f"{grid[i]:.1f}" for i in chosen],
-        yticks=np.arange(moments.shape[1]) * 9 + 4,
-        yticklabels=range(moments.shape[1]),
-    )
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def tile(images):
-    """(rows, columns, height, width) to one image, with a line of the background between."""
-    rows, columns, height, width = images.shape
-    padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=-1)
-    return padded.swapaxes(1, 2).reshape(rows * (height + 1), columns * (width + 1))[:-1, :-1]
 
 
 if __name__ == "__main__":

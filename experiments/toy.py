@@ -28,7 +28,7 @@ import optax
 import tyro
 from scipy import ndimage
 
-from fmjax import checkpoints, losses, metrics, paths, sampling, targets, times, training
+from fmjax import checkpoints, losses, metrics, paths, pictures, sampling, targets, times, training
 from fmjax.data import toy
 from fmjax.models import mlp
 
@@ -145,7 +145,7 @@ def main(config: Config):
         "energy distance, data to data (the floor)": float(metrics.energy_distance(again[:PAIRED], fresh[:PAIRED])),
         "loss, the last steps": history[-1]["loss"],
     }
-    draw_loss(config.folder / "loss.png", history, config)
+    pictures.loss(config.folder / "loss.png", history, f"loss of the {config.target}, a coordinate")
     exact = tuple(draw(key, EXACT) for draw, key in zip((source, data), jax.random.split(key_exact), strict=True))
     draw_density(config.folder / "density.png", np.asarray(states), np.append(grid, 1.0), path, exact)
     draw_trajectories(config.folder / "trajectories.png", np.asarray(states), config)
@@ -200,15 +200,6 @@ def density(points, limit, bins=160, blur=2.0):
     """A smooth histogram on the square, for `imshow`."""
     counts = np.histogram2d(*np.asarray(points).T, bins=bins, range=[(-limit, limit)] * 2)[0] / len(points)
     return ndimage.gaussian_filter(counts.T, blur)
-
-
-def draw_loss(file, history, config):
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([row["step"] for row in history], [row["loss"] for row in history], color=SOURCE, linewidth=1)
-    axes.set(xlabel="step", ylabel=f"loss of the {config.target}, a coordinate")
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def draw_density(file, states, grid, path, exact, moments=(0.0, 0.4, 0.7, 0.9, 1.0)):

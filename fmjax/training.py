@@ -3,19 +3,25 @@
     g = grad_theta mean loss(theta),   theta <- theta + optimizer(g)                              (1)
     ema <- d_n ema + (1 - d_n) theta,  d_n = min(ema_decay, (1 + n) / (10 + n))                   (2)
 
-A step is one pure function `(state, key, batch) -> (state, metrics)`: compile it with `jax.jit`, or map it over
-devices with `jax.pmap` under the axis name that it was made with.
+A step is one pure function `(state, key, batch) -> (state, metrics)`: compile it with `jax.jit`, or run it on many devices
+with `fmjax.parallel`.
 """
 
 import contextlib
 import dataclasses
+import json
 import math
+import signal
+import threading
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +36,20 @@ class TrainState:
     opt_state: optax.OptState
     """The optimiser's state."""
     ema: Any
-    """The average (2) of the parameters, for sampling."""
+    """The average (2) of the parameters, for sampling; a tuple of them where the step keeps several."""
+
+
+PREEMPTED = 75
+"""The exit status of a training that SIGTERM ended, after it was saved: start it again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Preempted(SystemExit):
+    """Training stopped because the process was told to (SIGTERM), at the step that its `state` has."""
+
+    def __init__(self, state, history):
+        super().__init__(PREEMPTED)
+        self.state = state
+        self.history = history
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -42,19 +61,22 @@ class NonFiniteLoss(FloatingPointError):
         self.history = history
 
 
-def init(params, optimizer):
+def init(params, optimizer, *, averages=None):
     """The state before the first step.
 
     Args:
       params: the network's parameters, any pytree.
       optimizer: an optax gradient transformation.
+      averages: how many, for a step with a tuple of decays; by default one, which is no tuple.
     Returns:
-      A `TrainState` of step 0, whose average is a copy of the parameters.
+      A `TrainState` of step 0, whose averages are copies of the parameters.
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    copies = [jax.tree.map(jnp.copy, params) for _ in range(1 if averages is None else averages)]
+    ema = copies[0] if averages is None else tuple(copies)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
-def make_step(loss_fn, optimizer, *, ema_decay=0.999, axis_name=None):
+def make_step(loss_fn, optimizer, *, ema_decay=0.999, axis_name=None, accumulate=1):
     """One training step, (1) and (2).
 
     A step whose loss or gradient is not finite leaves the state as it was and shows in its metrics.
@@ -62,27 +84,43 @@ def make_step(loss_fn, optimizer, *, ema_decay=0.999, axis_name=None):
     Args:
       loss_fn: (params, key, batch) -> scalar loss.
       optimizer: the optax gradient transformation that made the state's `opt_state`.
-      ema_decay: the largest d_n of (2), in [0, 1).
+      ema_decay: the largest d_n of (2), in [0, 1); or a function of n, int32, that gives d_n itself, as
+        `averages.power` does; or a tuple of either, for as many averages.
       axis_name: the axis over which `jax.pmap` maps the step: losses and gradients are averaged along it, and each
         device folds its index into the key.
+      accumulate: parts of a batch whose gradients are computed one after another, to save memory, and averaged. Part i
+        takes every `accumulate`-th example from the i-th on, and folds i into the key.
     Returns:
       (state, key, batch) -> (state, metrics), with metrics `loss` and `grad_norm`, float32 scalars.
     Raises:
-      ValueError: if ema_decay is not in [0, 1).
+      ValueError: if an ema_decay is not in [0, 1), or accumulate is less than 1; of the step, if it does not divide
+        the batch or the state has not as many averages as there are decays.
     """
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay is {ema_decay}, but it must be in [0, 1): 0 keeps no average, 0.999 is common.")
+    for decay in ema_decay if isinstance(ema_decay, tuple) else (ema_decay,):
+        if not callable(decay) and not 0 <= decay < 1:
+            raise ValueError(f"ema_decay is {decay}, but it must be in [0, 1): 0 keeps no average, 0.999 is common.")
+    if accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate}, but it is a number of parts: 1 takes the batch at once.")
+    value_and_grad = _accumulated(jax.value_and_grad(loss_fn), accumulate)
+
+    def average(decay, ema, params, n):
+        d_n: Any = decay(n) if callable(decay) else jnp.minimum(decay, (1 + n) / (10 + n))
+        return optax.incremental_update(params, ema, 1 - d_n)
 
     def step(state, key, batch):
         if axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, key, batch)
+        loss, grads = value_and_grad(state.params, key, batch)
         if axis_name is not None:
             loss, grads = lax.pmean((loss, grads), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        if isinstance(ema_decay, tuple):
+            if not isinstance(state.ema, tuple) or len(state.ema) != len(ema_decay):
+                raise ValueError(f"The step has {len(ema_decay)} decays: make the state by init(..., averages={len(ema_decay)}).")
+            ema = tuple(average(decay, ema, params, state.step) for decay, ema in zip(ema_decay, state.ema, strict=True))
+        else:
+            ema = average(ema_decay, state.ema, params, state.step)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = TrainState(state.step + 1, params, opt_state, ema)
@@ -92,14 +130,39 @@ def make_step(loss_fn, optimizer, *, ema_decay=0.999, axis_name=None):
     return step
 
 
-def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None, progress=True):
+def _accumulated(value_and_grad, count):
+    """The same function of parts of a batch one by one, averaged."""
+    if count == 1:
+        return value_and_grad
+
+    def parts(leaf):
+        if len(leaf) % count:
+            raise ValueError(f"The batch of {len(leaf)} does not divide into the {count} parts of accumulate.")
+        # Every count-th example, so that a part of a batch that is spread over devices is spread over them too.
+        return leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1)
+
+    def run(params, key, batch):
+        def body(total, part):
+            i, batch = part
+            return jax.tree.map(jnp.add, total, value_and_grad(params, jax.random.fold_in(key, i), batch)), None
+
+        batch = jax.tree.map(parts, batch)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jax.ShapeDtypeStruct((), jnp.float32), params))
+        total, _ = lax.scan(body, zeros, (jnp.arange(count), batch))
+        return jax.tree.map(lambda x: x / count, total)
+
+    return run
+
+
+def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None, progress=True, trace=None):
     """Trains until the state has taken `steps` steps, from wherever it is.
 
-    Step n draws from `fold_in(key, n)`. The loop waits for the device once every `every` steps.
+    Step n draws from `fold_in(key, n)`. The loop waits for the device once every `every` steps. A process that is told to
+    end (SIGTERM) ends after the step it is in, all processes of a job after the same one.
 
     Args:
       step: (state, key, batch) -> (state, metrics), as `make_step` makes it; it is compiled here.
-      state: where to start; a copy is trained, so the state given stays whole.
+      state: where to start; a copy is trained, so the state given stays whole. Arrays stay on the devices that they are on.
       batches: an iterable of batches.
       key: a typed key.
       steps: the number of steps that the state has at the end.
@@ -108,10 +171,12 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
       save: a function of the state, called when training ends: at the last step, when the loss is not finite (with
         the last good state), and when it is interrupted.
       progress: whether to show a bar with the loss, steps a second and the time left.
+      trace: a folder for a trace by `jax.profiler` of the second `every` steps, which TensorBoard and Perfetto show.
     Returns:
       The state, and the history: rows with `step` and the mean of every metric since the row before.
     Raises:
       NonFiniteLoss: if a loss or gradient is not finite, at the end of the row in which it came.
+      Preempted: after SIGTERM; it ends the process with status `PREEMPTED` unless it is caught.
       ValueError: if the batches end before the steps.
     """
 
@@ -121,14 +186,25 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
         alive &= jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
         return jax.tree.map(lambda new, old: jnp.where(alive, new, old), new, state), alive, metrics
 
-    take = jax.jit(take, donate_argnums=0)
-    alive = jnp.array(True)
     state = jax.tree.map(jnp.copy, state)
+    stay = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else None, state)
+    take = jax.jit(take, donate_argnums=0, out_shardings=(stay, stay.step, None))
+    # On the devices of the state, as it comes back from a step: another placement would compile the step again.
+    alive = jnp.ones_like(state.step, bool)
     start = int(state.step)
     history, pending, batches = [], [], iter(batches)
+    progress = progress and jax.process_index() == 0
     try:
-        with _bar(start, steps) if progress else contextlib.nullcontext(lambda step, row: None) as show:
+        with (
+            _bar(start, steps) if progress else contextlib.nullcontext(lambda step, row: None) as show,
+            _signals() as signalled,
+            contextlib.ExitStack() as tracing,
+        ):
             for n in range(start, steps):
+                if (number := signalled(n)) is not None:
+                    raise Preempted(state, history) if number == signal.SIGTERM else KeyboardInterrupt
+                if trace is not None and n == start + every:
+                    tracing.enter_context(jax.profiler.trace(str(trace)))
                 try:
                     batch = next(batches)
                 except StopIteration:
@@ -151,6 +227,8 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
                             state,
                             history,
                         )
+                if n + 1 >= start + 2 * every:
+                    tracing.close()
                 row = {"step": n + 1} | {name: float(sum(m[name] for m in rows) / len(rows)) for name in rows[0]}
                 history.append(row)
                 show(n + 1, row)
@@ -160,6 +238,78 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
         if save is not None:
             save(state)
     return state, history
+
+
+def json_lines(file):
+    """A callback of `fit` that adds every row to a file, a line of JSON each.
+
+    Args:
+      file: where to; process 0 alone writes.
+    Returns:
+      A function `(state, row) -> None`.
+    """
+    file = Path(file)
+
+    def write(state, row):
+        if jax.process_index() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    return write
+
+
+def tensorboard(folder):
+    """A callback of `fit` that adds every row to TensorBoard's files.
+
+    Args:
+      folder: where to; process 0 alone writes.
+    Returns:
+      A function `(state, row) -> None`.
+    Raises:
+      ImportError: if tensorboardX is not installed (`pip install fmjax[tensorboard]`).
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("training.tensorboard needs tensorboardX: pip install 'fmjax[tensorboard]'") from error
+    writer = SummaryWriter(str(folder), flush_secs=1) if jax.process_index() == 0 else None
+
+    def write(state, row):
+        if writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, value, row["step"])
+
+    return write
+
+
+@contextlib.contextmanager
+def _signals():
+    """What came before step n: SIGTERM, to this process or, where there are several, to one of them; SIGINT; or None.
+
+    A signal between two steps finds the state and the batches at the same place; a second SIGINT does not wait for that.
+    """
+    if jax.process_count() > 1:
+        # JAX catches SIGTERM and agrees with the other processes on a step.
+        yield lambda n: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(n) else None
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda n: None
+        return
+    got = []
+
+    def catch(number, frame):
+        if number in got and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        got.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda n: got[0] if got else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

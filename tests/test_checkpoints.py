@@ -1,5 +1,6 @@
 """A state to a folder and back, bit for bit; and what is said where that cannot be."""
 
+import dataclasses
 import gc
 import time
 
@@ -199,3 +200,54 @@ def test_truncated_files(tmp_path, which, half):
     with pytest.raises(ValueError, match="damaged" if which == "largest" else "damaged|of another model") as caught:
         checkpoints.restore(tmp_path / "run", tree)
     assert str(tmp_path / "run") in str(caught.value)
+
+
+class Stream:
+    """Batches whose place is a number."""
+
+    def __init__(self):
+        self.at = 0
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
+
+
+def at_step(state, step):
+    return dataclasses.replace(state, step=jnp.int32(step))
+
+
+def test_a_series_keeps_the_last_and_the_best(tmp_path, state):
+    key, stream = jax.random.key(3), Stream()
+    with checkpoints.Series(tmp_path / "series", keep=2, best="loss") as series:
+        assert series.resume(state, key, stream) == (state, key)
+        for step, loss in enumerate([5.0, 1.0, 4.0, 3.0, 2.0], 1):
+            stream.at = 10 * step
+            series.save(at_step(state, step), jax.random.fold_in(key, step), stream, {"step": step, "loss": loss})
+            # The second time it is there already.
+            series.save(at_step(state, step), key, stream, wait=True)
+        assert series.steps() == [2, 4, 5]
+    with checkpoints.Series(tmp_path / "series", keep=2, best="loss") as series:
+        other = Stream()
+        restored, restored_key = series.resume(make(), jax.random.key(0), other)
+    assert_bits(restored, at_step(state, 5))
+    assert other.at == 50
+    assert jnp.all(jax.random.key_data(restored_key) == jax.random.key_data(jax.random.fold_in(key, 5)))
+
+
+def test_a_series_of_another_model_names_the_leaf(tmp_path, state):
+    with checkpoints.Series(tmp_path) as series:
+        series.save(at_step(state, 1), jax.random.key(0))
+        series.save(at_step(state, 2), jax.random.key(0), wait=True)
+        with pytest.raises(ValueError, match=r"of another model.*dense\.kernel"):
+            series.resume(make(16), jax.random.key(0))
+        # It is no damage: nothing is renamed.
+        assert series.steps() == [1, 2]
+
+
+def test_a_series_where_a_file_is(tmp_path, state):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Checkpoints cannot be written to .*file/checkpoints: Not a directory"):
+        checkpoints.Series(tmp_path / "file" / "checkpoints")

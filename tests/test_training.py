@@ -1,8 +1,13 @@
 """The state, the step and the loop, on a small regression whose every number can be worked out."""
 
+import concurrent.futures
 import dataclasses
 import itertools
+import json
 import math
+import signal
+import sys
+import time
 
 import chex
 import jax
@@ -345,3 +350,71 @@ def test_no_step_is_taken_after_one_that_was_not_finite():
     undisturbed, _ = fit(step, training.init(params(), SGD), [batch(0)], steps=1)
     assert caught.value.state.step == 1
     chex.assert_trees_all_equal(caught.value.state, undisturbed)
+
+
+def test_rows_as_lines_and_in_tensorboard(tmp_path):
+    from tensorboard_events import scalars
+
+    callbacks = [training.json_lines(tmp_path / "run" / "rows.jsonl"), training.tensorboard(tmp_path / "events")]
+    step = training.make_step(loss_fn, SGD)
+    state, first = fit(step, training.init(params(), SGD), batches(), steps=4, every=2, callbacks=callbacks)
+    _, second = fit(step, state, batches(4), steps=6, every=2, callbacks=callbacks)
+    written = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert written == first + second
+    # Its own thread writes.
+    deadline = time.monotonic() + 20
+    while len((seen := scalars(tmp_path / "events")).get("loss", ())) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [row["step"] for row in first + second] == [step for step, _ in seen["loss"]]
+    np.testing.assert_allclose([value for _, value in seen["loss"]], [row["loss"] for row in first + second], rtol=1e-6)
+
+
+def test_tensorboard_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"tensorboardX: pip install 'fmjax\[tensorboard\]'"):
+        training.tensorboard(tmp_path)
+
+
+def test_a_trace_of_the_second_row(tmp_path):
+    fit(training.make_step(loss_fn, SGD), training.init(params(), SGD), batches(), steps=6, every=2, trace=tmp_path / "trace")
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_the_loop_waits_for_the_device_once_a_row(monkeypatch):
+    """What comes back from the device: the step at the start, and the metrics of every row in one transfer."""
+    step, state = training.make_step(loss_fn, SGD), training.init(params(), SGD)
+    data = [jax.device_put(batch(seed)) for seed in range(12)]
+    got, reads = [], []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: got.append(1) or get(tree))
+    array = type(jnp.zeros(()))
+    value = array._value
+    monkeypatch.setattr(array, "_value", property(lambda self: reads.append(self.shape) or value.fget(self)))
+    fit(step, state, data, steps=12, every=4)
+    assert len(got) == 3
+    # The step once, and two metrics a step.
+    assert len(reads) <= 1 + 2 * 12
+
+
+def test_a_signal_ends_it_between_two_steps():
+    saved, step = [], training.make_step(loss_fn, SGD)
+
+    def signalled(state, row):
+        if row["step"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(training.Preempted) as caught:
+        fit(step, training.init(params(), SGD), batches(), steps=9, every=2, callbacks=[signalled], save=saved.append)
+    assert caught.value.code == training.PREEMPTED == 75
+    assert int(caught.value.state.step) == 4
+    assert [row["step"] for row in caught.value.history] == [2, 4]
+    assert_equal(saved[-1], caught.value.state)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_step_that_is_off_the_main_thread_has_no_signals():
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        step = training.make_step(loss_fn, SGD)
+        state, _ = pool.submit(fit, step, training.init(params(), SGD), batches(), steps=2).result()
+    assert int(state.step) == 2

@@ -15,8 +15,8 @@ import jax
 def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, process_index=None, process_count=None):
     """An iterator of batches, read ahead of need.
 
-    Each epoch is another permutation of the source, of which the last `len(source) % size` are left out. The batches of all
-    processes together are the same for any number of them.
+    Each epoch is another permutation of the source, of which the last `len(source) % size` are left out. The parts of all
+    processes, one after another, are the same batches for any number of them.
 
     Args:
       source: has a length and gives pairs `(image, label)` of numpy, as those of `data.images` do.
@@ -50,7 +50,9 @@ def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, proce
     order = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         order = order.shuffle()
-    order = order[: len(source) // size * size][process_index::process_count].batch(size // process_count).repeat(epochs)
+    # A process takes its part of every batch, as a sharding over devices does, so that examples meet the same random numbers.
+    parts = order[: len(source) // size * size].batch(size // process_count)
+    order = parts[process_index::process_count].repeat(epochs)
     return iter(order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
 

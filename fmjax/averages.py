@@ -1,0 +1,86 @@
+"""Averages of parameters along a training, and those of other lengths afterwards    (Karras et al. 2024, "EDM2").
+
+The power-function average after t steps, and how a step updates it:
+
+    ema_gamma(t) = integral of p_gamma,t(tau) theta(tau) d tau,   p_gamma,t(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)     (1)
+    ema <- d_n ema + (1 - d_n) theta,   d_n = (1 - 1 / (n + 1))^(gamma + 1)                                                  (2)
+
+Its width, the standard deviation of tau over t under (1), is sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))    (3).
+
+    step = training.make_step(loss_fn, optimizer, ema_decay=(averages.power(0.05), averages.power(0.1)))
+    state = training.init(params, optimizer, averages=2)
+
+Keep `(step, width, average)` now and then; `post_hoc` makes the average of any width from them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def exponent(width):
+    """gamma of (3).
+
+    Args:
+      width: sigma_rel, the relative width of the average, in (0, 0.28].
+    Returns:
+      gamma, at least 0.
+    Raises:
+      ValueError: if there is none for that width.
+    """
+    if not 0 < width <= 12**-0.5:
+        raise ValueError(f"The width is {width}, but the average's relative width is in (0, {12**-0.5:.3f}]: 0.05 and 0.1 are common.")
+    # (3) squared: sigma^2 (gamma + 2)^2 (gamma + 3) = gamma + 1.
+    inverse = width**-2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    return max(float(roots[np.abs(roots.imag) < 1e-9].real.max()), 0.0)
+
+
+def power(width):
+    """d_n of (2), for `training.make_step`'s `ema_decay`.
+
+    Args:
+      width: sigma_rel of (3).
+    Returns:
+      A function of the number n of steps taken.
+    """
+    gamma = exponent(width)
+    return lambda n: (1 - 1 / (jnp.asarray(n, jnp.float32) + 1)) ** (gamma + 1)
+
+
+def post_hoc(snapshots, width, step=None):
+    """The average of another width, or at an earlier step, as the best sum of averages that were kept    (Karras et al. 2024, section 3.2).
+
+    The weights minimise the squared difference between the wanted profile p of (1) and the sum of those kept.
+
+    Args:
+      snapshots: triples `(step, width, average)`, their averages pytrees of one structure.
+      width: sigma_rel of the average to make.
+      step: at which; by default the last of the snapshots.
+    Returns:
+      A pytree like the averages.
+    Raises:
+      ValueError: if there are no snapshots, or step is not in (0, the last of them].
+    """
+    if not snapshots:
+        raise ValueError("There are no snapshots: keep (step, width, average) now and then while training.")
+    steps, widths, trees = zip(*snapshots, strict=True)
+    step = max(steps) if step is None else step
+    if not 0 < step <= max(steps) or min(steps) <= 0:
+        raise ValueError(f"step is {step} and the snapshots are of steps {sorted(steps)}; expected one after 0 and up to the last.")
+    times = np.asarray(steps, np.float64)
+    gammas = np.array([exponent(each) for each in widths])
+    products = _product(times[:, None], gammas[:, None], times[None], gammas[None])
+    wanted = _product(times, gammas, np.float64(step), exponent(width))
+    weights = np.linalg.lstsq(products, wanted, rcond=None)[0]
+
+    def total(*leaves):
+        return np.einsum("i,i...->...", weights, np.stack(leaves).astype(np.float64)).astype(leaves[0].dtype)
+
+    return jax.tree.map(total, *trees)
+
+
+def _product(t_a, gamma_a, t_b, gamma_b):
+    """The integral of p_a p_b over [0, min(t_a, t_b)], without powers that overflow."""
+    shorter, exponents = np.minimum(t_a, t_b), (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+    return exponents * (shorter / t_a) ** gamma_a * (shorter / t_b) ** gamma_b * shorter / (t_a * t_b)

@@ -1,0 +1,212 @@
+"""One step on many devices, in one process or in many.
+
+A step is a pure function of whole arrays, `(state, key, batch) -> (state, metrics)`; where its arrays lie says what each
+device holds and what they tell each other. So the ways to run it differ in where the state lies, in one argument:
+
+    mesh = parallel.mesh()
+    state = parallel.create(lambda: training.init(model.init(...), optimizer), mesh, parallel.fully_sharded)
+    stream = pipeline.to_device(pipeline.batches(source, 256), sharding=parallel.batch_sharding(mesh))
+    state, history = training.fit(step, state, stream, key, steps=...)
+
+    replicated         every device holds the state and a part of the batch; gradients are averaged       (data parallel)
+    fully_sharded      every device holds a part of each large array of the state too                     (FSDP, ZeRO-3)
+
+`pmap` is the older way to say the first: it maps a step made with `axis_name` over the parts of a batch. Every random number
+is drawn for the whole batch and then divided, so results do not depend on the number of devices; under `pmap` each device
+draws for its part alone, as `make_step(accumulate=...)` does for as many parts on one device.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+"""The name of the mesh's axis."""
+
+
+def initialize(coordinator=None, processes=None, index=None, *, connect=300, timeout=100):
+    """Connects the processes of a job; call it before any other use of JAX, and not at all for a single process.
+
+    On Slurm, on Cloud TPU and under Open MPI the arguments are found by JAX. When a process dies, the others end too.
+
+    Args:
+      coordinator: "host:port" of process 0.
+      processes: how many there are.
+      index: of this process.
+      connect: seconds to wait for the others.
+      timeout: seconds without a sign of life after which a process counts as dead.
+    Raises:
+      ValueError: if only some are given, or the index is not one of that many processes.
+      RuntimeError: if the processes do not find each other, or disagree about their number.
+    """
+    given = {"coordinator": coordinator, "processes": processes, "index": index}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise ValueError(f"{' and '.join(missing)} must be given too: coordinator, processes and index go together, or none of them.")
+    if processes is not None and index is not None and not 0 <= index < processes:
+        raise ValueError(f"index is {index}; expected one in [0, {processes}), the number of processes.")
+    try:
+        jax.distributed.initialize(coordinator, processes, index, initialization_timeout=connect, heartbeat_timeout_seconds=timeout)
+    except Exception as error:
+        raise RuntimeError(
+            f"The processes of this job did not connect ({_first_line(error)}). Give every one the same coordinator and number of "
+            "processes, and an index of its own; outside Slurm, Open MPI and Cloud TPU all three must be given."
+        ) from error
+    if processes is not None and jax.process_count() != processes:
+        raise RuntimeError(f"This job has {jax.process_count()} processes, but {processes} were said: end the others and start again.")
+
+
+def mesh(count=None, devices=None):
+    """Devices in a row.
+
+    Args:
+      count: how many; by default all, of all processes.
+      devices: to choose from, by default `jax.devices()`.
+    Returns:
+      A mesh with the axis `AXIS`, which the compiler divides work along on its own (`AxisType.Auto`).
+    Raises:
+      ValueError: if there are not so many devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices) if count is None else count
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"A mesh of {count} devices was asked for; there are {len(devices)}: give a count from 1 to {len(devices)}.")
+    if count < len(devices) and jax.process_count() > 1:
+        raise ValueError(f"A mesh of {count} of {len(devices)} devices would leave processes out: start fewer, or use all.")
+    return Mesh(np.array(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(tree, mesh):
+    """Everything on every device.
+
+    Args:
+      tree: a pytree of arrays or shapes.
+      mesh: the devices.
+    Returns:
+      A pytree of shardings.
+    """
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+
+
+def fully_sharded(tree, mesh, smallest=2**14):
+    """Every array in equal parts, a part a device, along its longest axis that divides; small ones on every device.
+
+    Args:
+      tree: a pytree of arrays or shapes: parameters, optimiser and averages alike.
+      mesh: the devices.
+      smallest: elements of an array that is divided; those with fewer cost more to fetch than to keep.
+    Returns:
+      A pytree of shardings.
+    """
+
+    def sharding(leaf):
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
+        if leaf.size < smallest or not axes:
+            return NamedSharding(mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*(AXIS if axis == longest else None for axis in range(leaf.ndim))))
+
+    return jax.tree.map(sharding, tree)
+
+
+def create(make, mesh, rule=replicated):
+    """A pytree whose arrays are made where they belong, so that no device ever holds all of it.
+
+    Args:
+      make: a function of nothing that gives a pytree, as `lambda: training.init(model.init(key, x, t), optimizer)`.
+      mesh: the devices.
+      rule: `replicated`, `fully_sharded`, or any function `(shapes, mesh) -> shardings`.
+    Returns:
+      The pytree.
+    Raises:
+      MemoryError: if a device cannot hold its part.
+    """
+    shapes = jax.eval_shape(make)
+    shardings = rule(shapes, mesh)
+    require_memory(jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings))
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def place(tree, mesh, rule=replicated):
+    """A pytree that exists, where it belongs; every process gives the same values.
+
+    Args:
+      tree: of arrays.
+      mesh: the devices.
+      rule: as for `create`.
+    Returns:
+      The pytree.
+    """
+    return jax.tree.map(jax.device_put, tree, rule(tree, mesh))
+
+
+def batch_sharding(mesh, size=None):
+    """A part of the examples on every device, for `pipeline.to_device`, `jax.device_put` and the noise that a sampler begins with.
+
+    Args:
+      mesh: the devices.
+      size: of the batch, where it is to be checked before anything is allocated.
+    Returns:
+      A sharding of arrays `(B, ...)`.
+    Raises:
+      ValueError: if the devices do not divide the batch.
+    """
+    if size is not None and size % mesh.size:
+        raise ValueError(
+            f"The batch of {size} does not divide among {mesh.size} devices: give a multiple, such as {-(-size // mesh.size) * mesh.size}."
+        )
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def require_memory(tree):
+    """Raises unless every device of this process can hold its part of a pytree beside what it holds already.
+
+    Args:
+      tree: of `jax.ShapeDtypeStruct`s with shardings.
+    Raises:
+      MemoryError: if one cannot; where the device does not say what it has, as a CPU, nothing is raised.
+    """
+    leaves = jax.tree.leaves(tree)
+    needed = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    devices = {device for leaf in leaves for device in leaf.sharding.addressable_devices}
+    for device in devices:
+        stats = device.memory_stats() or {}
+        free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+        if needed > free:
+            raise MemoryError(
+                f"A device's part of these arrays takes {needed / 2**30:.3g} GiB, and {device} has {free / 2**30:.3g} GiB free: "
+                "use more devices, or parallel.fully_sharded."
+            )
+
+
+def pmap(step, mesh):
+    """A step of `make_step(..., axis_name=parallel.AXIS)`, mapped over the devices by `jax.pmap`.
+
+    With several processes it is `jax.shard_map`, which `jax.pmap` runs as and which takes arrays of all processes.
+
+    Args:
+      step: a pure function `(state, key, batch) -> (state, metrics)` that averages over `AXIS`.
+      mesh: the devices.
+    Returns:
+      A function of the same arguments: the state is the unreplicated one, the batch is whole, and each device takes its part.
+    """
+    if jax.process_count() > 1:
+        everywhere, part = PartitionSpec(), PartitionSpec(AXIS)
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, everywhere, part), out_specs=everywhere, check_vma=False)
+    else:
+        by_device = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=list(mesh.devices.flat))
+
+        def mapped(state, key, batch):
+            return by_device(state, key, jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch))
+
+    def run(state, key, batch):
+        batch_sharding(mesh, len(jax.tree.leaves(batch)[0]))
+        return mapped(state, key, batch)
+
+    return run
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,274 @@
+"""Trainings that are killed, told to end, cut off from their disk or from each other: nothing is lost, and what went wrong is said.
+
+Every training is a process of its own, `worker.py`.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 120
+"""That a process may take; a whole one takes a tenth of it."""
+
+
+class Worker:
+    """A training in the background; its lines are read as they come."""
+
+    def __init__(self, folder, **config):
+        command = [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps({"folder": str(folder), **config})]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        self.lines = []
+
+    def until(self, wanted):
+        """Reads until a line that begins so, or the end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith(wanted):
+                return True
+        return False
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.process.pid, number)
+
+    def end(self, seconds=SECONDS):
+        """The exit status and all that was printed."""
+        try:
+            rest, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.process.communicate()
+            raise
+        return self.process.returncode, "\n".join([*self.lines, rest])
+
+
+def run(folder, **config):
+    status, printed = Worker(folder, **config).end()
+    assert status == 0, printed
+    return printed
+
+
+def final(folder):
+    with np.load(folder / "final.npz") as leaves:
+        return dict(leaves)
+
+
+def assert_same(folder, undisturbed):
+    """Final parameters and every row, bit for bit; a row that was trained twice is the same twice."""
+    ours, theirs = final(folder), final(undisturbed)
+    assert ours.keys() == theirs.keys()
+    for name, leaf in theirs.items():
+        assert ours[name].tobytes() == leaf.tobytes(), name
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    expected = {row["step"]: row for row in map(json.loads, (undisturbed / "rows.jsonl").read_text().splitlines())}
+    assert {row["step"] for row in rows} == set(expected)
+    assert all(row == expected[row["step"]] for row in rows)
+
+
+def assert_close(folder, other, tolerance=1e-6):
+    ours, theirs = (np.concatenate([leaf.astype(np.float64).ravel() for leaf in final(f).values()]) for f in (folder, other))
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, which all of the trainings share."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(folder, cache=cache)
+    return folder
+
+
+def newest(folder):
+    steps = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+    return max(steps, key=lambda path: int(path.name))
+
+
+def truncate(folder):
+    """Cuts the largest file in half."""
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_killed_ten_times(tmp_path, cache, undisturbed):
+    rng, reached = random.Random(0), []
+    for _ in range(10):
+        worker = Worker(tmp_path, cache=cache, pause=0.02)
+        assert worker.until("from"), worker.lines
+        start = int(worker.lines[-1].split()[1])
+        reached.append(start)
+        # Somewhere in the next rows or while the checkpoint of one is written.
+        if worker.until(f"row {min(start + 2 * rng.randint(1, 2), 22)}"):
+            time.sleep(rng.uniform(0.0, 0.05))
+        worker.kill()
+        status, printed = worker.end()
+        assert status in (-signal.SIGKILL, 0), printed
+    assert reached == sorted(reached)
+    assert len(set(reached)) > 2
+    run(tmp_path, cache=cache)
+    assert_same(tmp_path, undisturbed)
+    # Nothing that was half written is left.
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"20", "22", "24"}
+
+
+def test_told_to_end(tmp_path, cache, undisturbed):
+    worker = Worker(tmp_path, cache=cache, pause=0.3)
+    assert worker.until("row 4")
+    worker.kill(signal.SIGTERM)
+    status, printed = worker.end()
+    assert status == 75, printed
+    assert "done" not in printed
+    assert int(newest(tmp_path).name) in range(4, 24)
+    assert f"from {newest(tmp_path).name}" in run(tmp_path, cache=cache)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_interrupted(tmp_path, cache, undisturbed):
+    worker = Worker(tmp_path, cache=cache, pause=0.3)
+    assert worker.until("row 4")
+    worker.kill(signal.SIGINT)
+    status, printed = worker.end()
+    assert status != 0
+    assert "KeyboardInterrupt" in printed
+    run(tmp_path, cache=cache)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, cache, undisturbed):
+    run(tmp_path, cache=cache, steps=12)
+    truncate(newest(tmp_path))
+    printed = run(tmp_path, cache=cache)
+    assert f"The checkpoint at {tmp_path}/checkpoints/12 is damaged" in printed
+    assert "The one before it is used; this one is now" in printed
+    assert "from 10" in printed
+    assert (tmp_path / "checkpoints" / "12.damaged").is_dir()
+    assert_same(tmp_path, undisturbed)
+
+
+def test_without_a_whole_checkpoint_it_does_not_begin_anew(tmp_path, cache):
+    run(tmp_path, cache=cache, steps=2, keep=1)
+    truncate(newest(tmp_path))
+    status, printed = Worker(tmp_path, cache=cache).end()
+    assert status == 1
+    assert f"Damaged: The checkpoint at {tmp_path}/checkpoints/2 is damaged" in printed
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a disk of its own needs the right to mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(tmp_path, disk, cache, undisturbed):
+    """Checkpoints are about 120 kB: the last that fits stays whole, and training goes on from it where there is room."""
+    status, printed = Worker(disk, cache=cache, keep=100).end()
+    assert status == 1
+    assert f"A checkpoint could not be written to {disk}/checkpoints" in printed
+    whole = newest(disk)
+    assert f"The last whole one there is of step {whole.name}" in printed
+    roomy = tmp_path / "roomy"
+    shutil.copytree(disk, roomy)
+    assert f"from {whole.name}" in run(roomy, cache=cache)
+    assert final(roomy).keys() == final(undisturbed).keys()
+    for name, leaf in final(undisturbed).items():
+        assert final(roomy)[name].tobytes() == leaf.tobytes(), name
+
+
+def test_a_folder_that_cannot_be_written_to(disk, cache):
+    run(disk, cache=cache, steps=2)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    status, printed = Worker(disk, cache=cache).end()
+    assert status == 1
+    assert "checkpoints" in printed
+    assert "Read-only file system" in printed
+
+
+# Several processes.
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start_two(folder, **config):
+    at = port()
+    return [Worker(folder, devices=4, processes=2, index=index, port=at, **config) for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, cache):
+    """What eight devices of one process make of it by `pmap`."""
+    folder = tmp_path_factory.mktemp("eight")
+    run(folder, devices=8, way="pmap", cache=cache)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["replicated", "fully_sharded", "pmap"])
+def test_two_processes_train_as_one(tmp_path, undisturbed, eight, way):
+    for worker in start_two(tmp_path, way=way):
+        status, printed = worker.end()
+        assert status == 0, printed
+    assert_close(tmp_path, eight if way == "pmap" else undisturbed)
+
+
+def test_a_checkpoint_goes_on_elsewhere(tmp_path, cache, undisturbed):
+    """Eight devices that share the state, then two that each have it, then one."""
+    run(tmp_path, devices=8, way="fully_sharded", steps=8, cache=cache)
+    assert "from 8" in run(tmp_path, devices=2, way="replicated", steps=16, cache=cache)
+    assert "from 16" in run(tmp_path, cache=cache)
+    assert_close(tmp_path, undisturbed)
+
+
+def test_both_end_where_one_is_told_to(tmp_path, undisturbed):
+    workers = start_two(tmp_path, pause=0.3, steps=200)
+    assert all(worker.until("row 4") for worker in workers)
+    workers[1].kill(signal.SIGTERM)
+    for worker in workers:
+        status, printed = worker.end()
+        assert status == 75, printed
+    assert int(newest(tmp_path).name) < 200
+
+
+def test_one_of_two_is_killed(tmp_path):
+    """The other ends within half a minute of it."""
+    first, second = start_two(tmp_path, pause=0.3, steps=2000, timeout=20)
+    assert first.until("row 4")
+    second.kill()
+    began = time.monotonic()
+    status, printed = first.end(seconds=60)
+    assert status != 0, printed
+    assert time.monotonic() - began < 30
+    second.end()
+    assert newest(tmp_path).name.isdigit()
+
+
+def test_a_process_that_does_not_come(tmp_path):
+    status, printed = Worker(tmp_path, processes=2, index=1, port=port(), connect=5).end(seconds=60)
+    assert status != 0
+    assert "did not connect" in printed or "DEADLINE_EXCEEDED" in printed

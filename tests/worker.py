@@ -1,0 +1,89 @@
+"""A training in a process of its own, to be killed, resumed and divided: `python worker.py '{"folder": ...}'`.
+
+It learns to interpolate noise and points with `fit`, a pipeline and a `Series`, prints a line a row, and leaves the final state
+in `final.npz` and its rows in `rows.jsonl`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["PJRT_NPROC"] = "16"
+
+import jax
+
+DEFAULTS = dict(steps=24, every=2, keep=3, way="replicated", devices=1, processes=1, index=0, port=0, pause=0.0, timeout=100, connect=300)
+
+
+def main(given):
+    config = DEFAULTS | given
+    folder = Path(config["folder"])
+    jax.config.update("jax_num_cpu_devices", config["devices"])
+    if "cache" in config:
+        jax.config.update("jax_compilation_cache_dir", config["cache"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+    import time
+
+    import numpy as np
+    import optax
+
+    from fmjax import checkpoints, losses, parallel, paths, training
+    from fmjax.data import images, pipeline
+    from fmjax.models import mlp
+
+    if config["processes"] > 1:
+        at = f"localhost:{config['port']}"
+        parallel.initialize(at, config["processes"], config["index"], connect=config["connect"], timeout=config["timeout"])
+    mesh = parallel.mesh()
+    model, optimizer = mlp.MLP(width=64, depth=2), optax.adam(1e-3)
+    points = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+
+    def loss_fn(params, key, batch):
+        x_1, _ = batch
+        key_0, key_t = jax.random.split(key)
+        x_0, t = jax.random.normal(key_0, x_1.shape), jax.random.uniform(key_t, x_1.shape[:1])
+        return losses.flow_matching(lambda x, t: model.apply(params, x, t), paths.Linear(), x_0, x_1, t).mean()
+
+    def make():
+        return training.init(model.init(jax.random.key(0), points[:1], 0.5), optimizer)
+
+    pmapped = config["way"] == "pmap"
+    rule = {"fully_sharded": lambda tree, mesh: parallel.fully_sharded(tree, mesh, smallest=16)}.get(config["way"], parallel.replicated)
+    step = training.make_step(loss_fn, optimizer, axis_name=parallel.AXIS if pmapped else None, ema_decay=0.9)
+    step = parallel.pmap(step, mesh) if pmapped else step
+    state = parallel.create(make, mesh, rule)
+    stream = pipeline.batches(images.arrays(points, np.zeros(len(points), np.int32)), 16, seed=3, threads=0)
+    stream = pipeline.to_device(stream, sharding=parallel.batch_sharding(mesh, 16))
+    key = jax.random.key(5)
+
+    with checkpoints.Series(folder / "checkpoints", keep=config["keep"]) as series:
+        state, key = series.resume(state, key, stream)
+        print(f"from {int(state.step)}", flush=True)
+
+        def row_done(state, row):
+            series.save(state, key, stream, row)
+            print(f"row {row['step']}", flush=True)
+            time.sleep(config["pause"])
+
+        state, _ = training.fit(
+            step,
+            state,
+            stream,
+            key,
+            steps=config["steps"],
+            every=config["every"],
+            callbacks=[training.json_lines(folder / "rows.jsonl"), row_done],
+            save=lambda state: series.save(state, key, stream, wait=True),
+            progress=False,
+        )
+        whole = jax.jit(lambda state: state, out_shardings=parallel.replicated(state, mesh))(state)
+        if jax.process_index() == 0:
+            leaves = jax.tree_util.tree_leaves_with_path(whole)
+            np.savez(folder / "final.npz", **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

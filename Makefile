@@ -8,7 +8,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers bench-networks bench-train env lock clean
+.PHONY: demo test lint bench bench-peers bench-networks bench-train bench-parallel tpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,18 @@ bench-networks: .venv.peers/ready  ## the networks beside PyTorch's: compile tim
 bench-train: $(READY)  ## the train step of DiT-{S,B,L,XL}/{2,4,8}: ARGS="--model DiT-XL/2"
 	$(RUN) -m benchmarks.train_step $(ARGS)
 
+bench-parallel: $(READY)  ## what the loop, the ways and the checkpoints cost
+	$(RUN) -m benchmarks.parallel $(ARGS)
+
+tpu-aot: .venv.tpu/ready  ## compiles train steps for real TPUs without one: memory, collectives, an estimate of the step
+	.venv.tpu/bin/python -m benchmarks.tpu_aot $(ARGS)
+
+.venv.tpu/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv.tpu
+	.venv.tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock "libtpu==0.0.42.*"
+	.venv.tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 .venv.peers/ready: requirements.lock pyproject.toml benchmarks/peers.txt
 	$(PYTHON) -m venv .venv.peers
 	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
@@ -57,4 +69,4 @@ lock:  ## pins the newest versions that pyproject.toml allows, for every support
 		--upgrade pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv .venv-* .venv.peers runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* .venv.peers .venv.tpu runs .pytest_cache .ruff_cache *.egg-info

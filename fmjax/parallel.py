@@ -20,6 +20,8 @@ import math
 
 import jax
 import numpy as np
+from flax import linen as nn
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
@@ -179,6 +181,37 @@ def require_memory(tree):
                 f"A device's part of these arrays takes {needed / 2**30:.3g} GiB, and {device} has {free / 2**30:.3g} GiB free: "
                 "use more devices, or parallel.fully_sharded."
             )
+
+
+def by_examples(step, mesh):
+    """A step whose Flax modules keep what they take and give divided by examples, as `fully_sharded` needs.
+
+    Left alone, the compiler may fetch the activations of the whole batch to a part of the weights, rather than the weights of a
+    layer to a part of the batch.
+
+    Args:
+      step: a pure function `(state, key, batch) -> (state, metrics)`.
+      mesh: the devices.
+    Returns:
+      A function of the same arguments and values.
+    """
+    sharding = batch_sharding(mesh)
+
+    def divide(x):
+        examples = isinstance(x, jax.Array) and x.ndim > 1 and x.shape[0] % mesh.size == 0
+        return lax.with_sharding_constraint(x, sharding) if examples else x
+
+    def around(call, arguments, keywords, context):
+        if context.method_name != "__call__":
+            return call(*arguments, **keywords)
+        arguments, keywords = jax.tree.map(divide, (arguments, keywords))
+        return jax.tree.map(divide, call(*arguments, **keywords))
+
+    def run(state, key, batch):
+        with nn.intercept_methods(around):
+            return step(state, key, batch)
+
+    return run
 
 
 def pmap(step, mesh):

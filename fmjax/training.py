@@ -76,7 +76,7 @@ def init(params, optimizer, *, averages=None):
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
-def make_step(loss_fn, optimizer, *, ema_decay=0.999, axis_name=None, accumulate=1):
+def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, accumulate=1):
     """One training step, (1) and (2).
 
     A step whose loss or gradient is not finite leaves the state as it was and shows in its metrics.

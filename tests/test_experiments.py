@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import digits, dynamics, fashion_mnist, toy
+from experiments import digits, dynamics, fashion_mnist, latents, toy
 from fmjax import paths
 from fmjax.models import unet
 
@@ -170,3 +170,32 @@ def test_fashion_mnist_of_the_course():
         fashion_mnist.main(dataclasses.replace(configs["dit"], steps=20))
     with pytest.raises(FileNotFoundError, match="has neither train-images-idx3-ubyte"):
         fashion_mnist.main(dataclasses.replace(chosen, data_dir=Path(__file__).parent))
+
+
+def test_latents_go_on_where_they_ended(tmp_path):
+    (_, small) = latents.CONFIGS["small"]
+    config = dataclasses.replace(
+        small, folder=tmp_path / "run", way="pmap", patch=4, depth=1, batch=8, steps=4, every=2, save_every=2, sampling_steps=1
+    )
+    latents.main(dataclasses.replace(config, steps=2))
+    latents.main(config)
+    for name in ("samples.png", "loss.png", "config.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()] == [2, 4]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} >= {"2", "4"}
+
+
+def test_latents_from_files_and_folders(tmp_path):
+    from fmjax.data import latents as files
+
+    (_, small) = latents.CONFIGS["small"]
+    files.write(tmp_path / "0.array_record", np.zeros((3, 8, 8, 4), np.float16), [0, 1, 2])
+    source = latents.open_data(dataclasses.replace(small, data=str(tmp_path)))
+    assert (len(source), source[1][0].shape, int(source[1][1])) == (3, (8, 8, 4), 1)
+    with pytest.raises(SystemExit, match=r"--data is nowhere, which is no folder"):
+        latents.open_data(dataclasses.replace(small, data="nowhere"))
+    with pytest.raises(SystemExit, match=r"The data are of shape \(8, 8, 4\): give --size and --channels so"):
+        latents.main(dataclasses.replace(small, folder=tmp_path / "run", data=str(tmp_path), channels=3))
+    with pytest.raises(SystemExit, match=r"--save-every is 15: give a multiple of --every, 10"):
+        latents.main(dataclasses.replace(small, folder=tmp_path / "run", save_every=15))

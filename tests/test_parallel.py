@@ -98,7 +98,8 @@ sharded_small = functools.partial(parallel.fully_sharded, smallest=64)
 def test_a_mesh_trains_as_one_device(alone, rule, count):
     mesh = parallel.mesh(count)
     state = parallel.create(make(), mesh, rule)
-    together = train(step_of(functools.partial(loss_fn, MODEL)), state, mesh)
+    step = step_of(functools.partial(loss_fn, MODEL))
+    together = train(parallel.by_examples(step, mesh) if rule is sharded_small else step, state, mesh)
     assert_close(together.params, alone.params)
     assert_close(together.ema, alone.ema)
     # Arrays stay where they were put.
@@ -175,8 +176,9 @@ def test_gradients_cross_the_network_once(capsys):
 
 def test_fully_sharded_memory_falls_with_the_number_of_devices():
     held = {}
+    wide = mlp.MLP(width=512, depth=3, classes=4)
     for count in (1, 2, 4, 8):
-        counted = compiled_step(count, functools.partial(parallel.fully_sharded, smallest=512), WIDE)[0].memory_analysis()
+        counted = compiled_step(count, functools.partial(parallel.fully_sharded, smallest=512), wide)[0].memory_analysis()
         held[count] = counted.argument_size_in_bytes
     for count in (2, 4, 8):
         assert held[count] == pytest.approx(held[1] / count, rel=0.15), held
@@ -279,3 +281,22 @@ def test_too_little_memory_is_said_before_anything_is_made(monkeypatch):
     with pytest.raises(MemoryError, match=r"use more devices, or parallel\.fully_sharded"):
         parallel.require_memory(shapes(parallel.replicated))
     parallel.require_memory(shapes(sharded_small))
+
+
+def test_modules_divided_by_examples_fetch_weights_and_not_activations():
+    """No collective gives an array as large as the whole batch's activations."""
+    mesh, size = parallel.mesh(), 64
+    model = dit.DiT(patch=2, width=64, depth=1, heads=2, classes=4)
+    state = jax.eval_shape(make(model))
+    stay = sharded_small(state, mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, stay)
+    spread = parallel.batch_sharding(mesh)
+    data = jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32, sharding=spread), jax.ShapeDtypeStruct((size,), jnp.int32, sharding=spread)
+    step = parallel.by_examples(training.make_step(functools.partial(loss_fn, model), OPTIMIZER), mesh)
+    text = jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(shapes, KEY, data).compile().as_text()
+    activations = size * 16 * model.width
+    for kind in ("all-gather", "all-reduce", "all-to-all"):
+        for line in text.splitlines():
+            found = re.search(rf"= (.*) {kind}(?:-start)?\(", line)
+            for shape in re.findall(r"f32\[([\d,]*)\]", found[1] if found else ""):
+                assert np.prod([int(n) for n in shape.split(",") if n], initial=1) < activations, line

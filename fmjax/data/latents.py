@@ -77,7 +77,7 @@ def _record(source, index):
 
 def _package():
     try:
-        from array_record.python import array_record_module
+        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         raise ImportError("data.latents needs array_record: pip install 'fmjax[images]'") from error
     return array_record_module

@@ -23,12 +23,6 @@ import sys
 import time
 from pathlib import Path
 
-# Before jax: libtpu asks for them where there is no TPU.
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +96,9 @@ class Config:
 
 def main(config: Config):
     rows.start()
+    jax.config.update("jax_platforms", "cpu")
+    # libtpu asks for them where there is no TPU.
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
     where = rows.describe() | {"jax": jax.__version__, "libtpu": rows.metadata.version("libtpu")}
     where["device"] = "none: compiled ahead of time"
     found = []

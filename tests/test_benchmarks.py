@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import networks, rows, sampling, train_step
+from benchmarks import networks, parallel, rows, sampling, tpu_aot, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -144,3 +144,55 @@ def test_unknown_model_is_named():
 )
 def test_peak_by_the_name_of_the_device(kind, peak):
     assert train_step.peak_of(kind) == peak
+
+
+@pytest.mark.parametrize("part", [parallel.loop, parallel.ways, parallel.stall, parallel.pictures])
+@pytest.mark.usefixtures("compile_fast")
+def test_part_of_parallel_runs(part):
+    config = parallel.Config(
+        batch=2, width=16, every=2, model="DiT-S/8", depth=1, saves=1, examples=512, seconds=0.0, repeats=2, precision=1.0
+    )
+    found = finished(part(config))
+    assert any(row["unit"] == "ratio" for row in found)
+
+
+COMPILED = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %grads = (bf16[4,2]{1,0:T(8,128)}, bf16[2]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
+  %weights = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%c), channel_id=2, dimensions={0}
+  %part = f32[16,8]{1,0} fusion(%c), kind=kCustom, calls=%piece
+}
+
+%piece (p: f32[2,8]) -> f32[16,8] {
+  %again = f32[16,8]{1,0} all-gather(%p), channel_id=2, dimensions={0}
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %end = s32[]{:T(128)} constant(28), metadata={op_name="loop"}
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[8]) while(%start), condition=%condition, body=%body
+  %loss = f32[]{:T(128)} all-reduce(%l), channel_id=3, to_apply=%add
+  %sent = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=4, source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collectives_of_a_loop_count_as_often_as_it_goes_round():
+    assert tpu_aot.collectives(COMPILED) == {
+        "all-reduce": 28 * (4 * 2 + 2) * 2 + 4,
+        # Once, though a piece of it stands elsewhere too.
+        "all-gather": 28 * 16 * 8 * 4,
+        "collective-permute": 12,
+    }
+    with pytest.raises(ValueError, match="rounds of a loop cannot be read from its condition, condition"):
+        tpu_aot.collectives(COMPILED.replace("constant(28)", "parameter(0)"))
+
+
+def test_bytes_on_the_wire():
+    assert tpu_aot.on_the_wire("all-reduce", 80.0, 8) == 140.0
+    assert tpu_aot.on_the_wire("all-gather", 80.0, 8) == 70.0
+    assert tpu_aot.on_the_wire("reduce-scatter", 10.0, 8) == 70.0
+    assert tpu_aot.on_the_wire("collective-permute", 10.0, 8) == 10.0

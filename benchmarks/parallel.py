@@ -1,0 +1,181 @@
+"""What the loop, the ways to run a step, the checkpoints and the pipeline cost: one JSON line a number.
+
+    python -m benchmarks.parallel
+    make bench-parallel ARGS="--out results/parallel.jsonl"
+
+What a row says, and how it is measured, is at the head of `benchmarks/rows.py`. The parts, which `--only` picks:
+
+- `loop`: `training.fit` over the bare compiled step, `every` steps of one and of the other in turns, both with their metrics fetched.
+- `ways`: `parallel.pmap` and a mesh of one device over `jax.jit` alone.
+- `stall`: how long training waits for `Series.save` of a transformer's state, over the time until it is written.
+- `pictures`: images a second of `data.pipeline` from memory, and of a bare copy of as many.
+"""
+
+import dataclasses
+import functools
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from benchmarks import rows, train_step
+from fmjax import checkpoints, losses, parallel, paths, training
+from fmjax.data import images, pipeline
+from fmjax.models import dit
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures what training costs around its step; prints one JSON line a number."""
+
+    out: Path | None = None
+    """Where the lines are written too, once all are there."""
+    batch: int = 32
+    """Images a step."""
+    width: int = 128
+    """Of the transformer that steps."""
+    every: int = 20
+    """Steps of a row."""
+    model: str = "DiT-B/2"
+    """The transformer whose state is saved: 130 million parameters, an optimiser and an average."""
+    depth: int | None = None
+    """Its blocks, for a quick look."""
+    saves: int = 3
+    """Checkpoints of each kind."""
+    examples: int = 20_000
+    """Images in memory."""
+    seconds: float = 8.0
+    """About how long to measure one comparison."""
+    repeats: int = 21
+    """Pairs of runs at least, unless they would take ten times as long as that."""
+    precision: float = 0.01
+    """Of a ratio, relative: more pairs are run until it is reached, or ten times as long as that has passed."""
+    only: tuple[str, ...] = ()
+    """Parts to measure, by their names; all of them where none is named."""
+    seed: int = 0
+    """Of the weights and the data."""
+
+
+def main(config: Config):
+    rows.start(asynchronous=True)
+    parts = [loop, ways, stall, pictures]
+    rows.report(rows.measure(config, [part for part in parts if not config.only or part.__name__ in config.only]), config.out)
+
+
+def small(config):
+    """A step, its state and a batch."""
+    model, optimizer = dit.DiT(patch=4, width=config.width, depth=4, heads=4, classes=10), optax.adamw(1e-4)
+    keys = jax.random.split(jax.random.key(config.seed), 2)
+    batch = jax.random.normal(keys[0], (config.batch, 28, 28, 1)), jnp.arange(config.batch) % 10
+
+    def loss_fn(params, key, batch):
+        x_1, y = batch
+        key_0, key_t = jax.random.split(key)
+        x_0, t = jax.random.normal(key_0, x_1.shape), jax.random.uniform(key_t, x_1.shape[:1])
+        return losses.flow_matching(lambda x, t: model.apply(params, x, t, y), paths.Linear(), x_0, x_1, t).mean()
+
+    make = functools.partial(training.make_step, loss_fn, optimizer)
+    state = jax.jit(lambda key: training.init(model.init(key, batch[0][:1], 0.5, batch[1][:1]), optimizer))(keys[1])
+    return make, state, batch
+
+
+def loop(config):
+    """`fit` over the bare step."""
+    make, state, batch = small(config)
+    key = jax.random.key(config.seed)
+    step = jax.jit(lambda state, key, batch: make()(state, jax.random.fold_in(key, state.step), batch), donate_argnums=0)
+    bare_state = jax.tree.map(jnp.copy, state)
+    wall, last = [], [0.0]
+
+    def bare(_, row):
+        """At a row of `fit`: its seconds since the last one, and then those of as many bare steps."""
+        nonlocal bare_state
+        middle = time.perf_counter()
+        metrics = []
+        for _ in range(config.every):
+            bare_state, metric = step(bare_state, key, batch)
+            metrics.append(metric)
+        jax.device_get(metrics)
+        end = time.perf_counter()
+        wall.append([middle - last[0], end - middle])
+        last[0] = time.perf_counter()
+
+    def batches():
+        while True:
+            yield batch
+
+    count = max(config.repeats, 2) + 1
+    training.fit(make(), state, batches(), key, steps=count * config.every, every=config.every, callbacks=[bare], progress=False)
+    measured = np.array(wall[1:])
+    yield rows.ratio("fit over the bare step: run time", (measured, measured), 0, 1, most=1.02)
+
+
+def ways(config):
+    """`pmap` and a mesh on one device."""
+    make, state, batch = small(config)
+    key, mesh = jax.random.key(config.seed), parallel.mesh(1)
+    placed, spread = parallel.place(state, mesh), jax.device_put(batch, parallel.batch_sharding(mesh))
+    mapped = jax.jit(parallel.pmap(make(axis_name=parallel.AXIS), mesh))
+    step = jax.jit(make())
+    calls = [
+        functools.partial(mapped, placed, key, batch),
+        functools.partial(step, placed, key, spread),
+        functools.partial(step, state, key, batch),
+    ]
+    timed = rows.in_turns(config, calls)
+    yield rows.ratio("pmap on one device over jit: run time", timed, 0, 2)
+    yield rows.ratio("mesh of one device over jit: run time", timed, 1, 2)
+
+
+def stall(config):
+    """A save that returns at once over one that waits."""
+    model, optimizer = train_step.network(config.model, config.depth, scan=True), optax.adamw(1e-4)
+    one = [jnp.zeros(shape.shape, shape.dtype) for shape in train_step.arguments((1, *train_step.SHAPE))]
+    state = jax.jit(lambda key: training.init(model.init(key, *one), optimizer))(jax.random.key(config.seed))
+    jax.block_until_ready(state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
+    wall = []
+    with tempfile.TemporaryDirectory() as folder, checkpoints.Series(folder, keep=1) as series:
+        for i in range(config.saves + 1):
+            seconds = []
+            for j, wait in enumerate((False, True)):
+                state = dataclasses.replace(state, step=jnp.int32(2 * i + j))
+                start = time.perf_counter()
+                series.save(state, jax.random.key(0), wait=wait)
+                seconds.append(time.perf_counter() - start)
+                series._finish()
+            wall.append(seconds)
+    measured = np.array(wall[1:])
+    yield rows.ratio(f"a save of {config.model}, {size:.2g} GB, asynchronous over blocking: stall", (measured, measured), 0, 1)
+
+
+def pictures(config):
+    """Batches from memory against a copy."""
+    source = np.random.default_rng(config.seed).normal(size=(config.examples, 32, 32, 3)).astype(np.float32)
+    labels = np.zeros(config.examples, np.int32)
+    size, count = 256, config.examples // 256
+    stream = pipeline.to_device(pipeline.batches(images.arrays(source, labels), size, seed=config.seed, threads=0))
+
+    def piped():
+        for _ in range(count):
+            batch = next(stream)
+        return batch
+
+    def copied():
+        for i in range(count):
+            batch = jax.device_put(source[size * i : size * (i + 1)].copy())
+        return batch
+
+    timed = rows.in_turns(config, [piped, copied])
+    yield rows.row("pipeline from memory, 32 x 32 x 3: images", size * count / float(np.median(timed[0][:, 0])), "1/s")
+    yield rows.ratio("pipeline from memory over a copy: run time", timed, 0, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))

@@ -5,7 +5,7 @@ pairs of one's time over the other's, so that what slows the machine down slows 
 median's 68% interval, from order statistics; `fastest` is the ratio of the shortest times, whose `milliseconds` stand
 beside it; `cpu` is the ratio of processor seconds of this process; `load` is the machine's, and above its number of
 cores the wall clock of any one row means little. A row with a `goal` says whether it was `met`; where two programs
-compile to the same instructions that is the goal, and their clock, which stands beside it, has none.
+compile to the same instructions, a row beside it says so.
 """
 
 import importlib.util

@@ -200,9 +200,12 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
             _signals() as signalled,
             contextlib.ExitStack() as tracing,
         ):
-            for n in range(start, steps):
+            for n in range(start, max(start, steps) + 1):
+                # After the last step too, so that no signal is lost.
                 if (number := signalled(n)) is not None:
                     raise Preempted(state, history) if number == signal.SIGTERM else KeyboardInterrupt
+                if n >= steps:
+                    break
                 if trace is not None and n == start + every:
                     tracing.enter_context(jax.profiler.trace(str(trace)))
                 try:

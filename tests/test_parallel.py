@@ -283,20 +283,13 @@ def test_too_little_memory_is_said_before_anything_is_made(monkeypatch):
     parallel.require_memory(shapes(sharded_small))
 
 
-def test_modules_divided_by_examples_fetch_weights_and_not_activations():
-    """No collective gives an array as large as the whole batch's activations."""
-    mesh, size = parallel.mesh(), 64
-    model = dit.DiT(patch=2, width=64, depth=1, heads=2, classes=4)
-    state = jax.eval_shape(make(model))
-    stay = sharded_small(state, mesh)
-    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, stay)
-    spread = parallel.batch_sharding(mesh)
-    data = jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32, sharding=spread), jax.ShapeDtypeStruct((size,), jnp.int32, sharding=spread)
-    step = parallel.by_examples(training.make_step(functools.partial(loss_fn, model), OPTIMIZER), mesh)
-    text = jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(shapes, KEY, data).compile().as_text()
-    activations = size * 16 * model.width
-    for kind in ("all-gather", "all-reduce", "all-to-all"):
-        for line in text.splitlines():
-            found = re.search(rf"= (.*) {kind}(?:-start)?\(", line)
-            for shape in re.findall(r"f32\[([\d,]*)\]", found[1] if found else ""):
-                assert np.prod([int(n) for n in shape.split(",") if n], initial=1) < activations, line
+def test_modules_are_held_divided_by_examples():
+    """What every module takes and gives is constrained to lie by examples, which alone the step does not ask for."""
+    mesh = parallel.mesh()
+    state = jax.eval_shape(make(WIDE))
+    step = training.make_step(functools.partial(loss_fn, WIDE), OPTIMIZER)
+    lowered = [jax.jit(each).lower(state, KEY, batch(0)).as_text() for each in (step, parallel.by_examples(step, mesh))]
+    plain, held = (len(re.findall(r"sdy\.sharding_constraint", text)) for text in lowered)
+    # One is the random numbers' own.
+    assert plain <= 1
+    assert held > 20

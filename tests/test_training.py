@@ -396,7 +396,8 @@ def test_the_loop_waits_for_the_device_once_a_row(monkeypatch):
     assert len(reads) <= 1 + 2 * 12
 
 
-def test_a_signal_ends_it_between_two_steps():
+@pytest.mark.parametrize("steps", [9, 4])
+def test_a_signal_ends_it_between_two_steps_and_after_the_last(steps):
     saved, step = [], training.make_step(loss_fn, SGD)
 
     def signalled(state, row):
@@ -405,7 +406,7 @@ def test_a_signal_ends_it_between_two_steps():
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(training.Preempted) as caught:
-        fit(step, training.init(params(), SGD), batches(), steps=9, every=2, callbacks=[signalled], save=saved.append)
+        fit(step, training.init(params(), SGD), batches(), steps=steps, every=2, callbacks=[signalled], save=saved.append)
     assert caught.value.code == training.PREEMPTED == 75
     assert int(caught.value.state.step) == 4
     assert [row["step"] for row in caught.value.history] == [2, 4]

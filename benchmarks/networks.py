@@ -27,7 +27,6 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -62,9 +61,9 @@ class Config:
     seconds: float = 8.0
     """About how long to measure one comparison; a longer one is less noisy."""
     repeats: int = 7
-    """Pairs of runs at least, unless they would take ten times as long as that."""
+    """Rounds of a comparison at least, unless ten times as long as that has passed."""
     precision: float = 0.03
-    """Of a ratio, relative: more pairs are run until it is reached, or ten times as long as that has passed."""
+    """Of a ratio, relative: there are more rounds until it is reached, or ten times as long as that has passed."""
     compiles: int = 1
     """Pairs of compilations."""
     only: tuple[str, ...] = ()
@@ -155,10 +154,9 @@ def convolution(config):
             return jax.vjp(lambda x, kernel: convolve(x, kernel, 1), x, kernel)[1](g)
 
         functions = [functools.partial(gradient, convolve) for convolve in (unet.convolve, unet._direct)]
-        calls: list[Callable] = [functools.partial(jax.jit(function), x, kernel, g) for function in functions]
-        if torch is not None:
-            calls.append(torch_gradient(torch, x, kernel, g))
-        timed = rows.in_turns(config, calls)
+        peers = [] if torch is None else [functools.partial(torch_gradient, torch, x, kernel, g)]
+        makers = [*rows.each(functions, x, kernel, g), *peers]
+        timed, calls = rows.in_turns(config, makers), [make() for make in makers]
         name = f"gradient of a 3 x 3 convolution, ({config.batch}, {side}, {side}, {channels})"
         yield relative(f"{name}, unet.convolve and XLA's: largest difference", *(call()[1] for call in calls[:2]))
         yield rows.ratio(f"{name}, unet.convolve over XLA's: run time", timed, 0, 1)
@@ -234,15 +232,15 @@ def beside(config, name, model, shape, twin):
     calls = [functools.partial(apply, params, x_0, t, y)]
     calls += [functools.partial(each, torch_x_0, torch_t, torch_y) for each in networks.values()]
     with torch.inference_mode():
-        timed = rows.in_turns(config, calls)
+        timed = rows.in_turns(config, [lambda call=call: call for call in calls])
     for i, how in enumerate(networks, 1):
         yield rows.ratio(f"{name}, forward pass, {who}, {how}, over fmjax: run time", timed, i, 0, packages=packages)
 
-    calls = [trainer(model, params, keys[6], (x_1, y))]
+    steps = [trainer(model, params, keys[6], (x_1, y))]
     for each in networks.values():
         optimizer = torch.optim.Adam(network.parameters(), lr=train_step.RATE, fused=True)
-        calls.append(functools.partial(pytorch.trainer(each, optimizer, train_step.EMA_DECAY), torch_x_1, torch_y))
-    timed = rows.in_turns(config, calls)
+        steps.append(functools.partial(pytorch.trainer(each, optimizer, train_step.EMA_DECAY), torch_x_1, torch_y))
+    timed = rows.in_turns(config, [lambda call=call: call for call in steps])
     for i, how in enumerate(networks, 1):
         yield rows.ratio(f"{name}, train step, {who}, {how}, over fmjax: run time", timed, i, 0, packages=packages)
 

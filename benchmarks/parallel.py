@@ -52,10 +52,10 @@ class Config:
     """Images in memory."""
     seconds: float = 8.0
     """About how long to measure one comparison."""
-    repeats: int = 21
-    """Pairs of runs at least, unless they would take ten times as long as that."""
+    repeats: int = 11
+    """Rounds of a comparison at least, unless ten times as long as that has passed."""
     precision: float = 0.01
-    """Of a ratio, relative: more pairs are run until it is reached, or ten times as long as that has passed."""
+    """Of a ratio, relative: there are more rounds until it is reached, or ten times as long as that has passed."""
     only: tuple[str, ...] = ()
     """Parts to measure, by their names; all of them where none is named."""
     seed: int = 0
@@ -112,7 +112,7 @@ def loop(config):
 
     count = max(config.repeats, 2) + 1
     training.fit(make(), state, batches(), key, steps=count * config.every, every=config.every, callbacks=[bare], progress=False)
-    measured = np.array(wall[1:])
+    measured = np.array(wall[1:])[:, None]
     yield rows.ratio("fit over the bare step: run time", (measured, measured), 0, 1, most=1.02)
 
 
@@ -121,14 +121,9 @@ def ways(config):
     make, state, batch = small(config)
     key, mesh = jax.random.key(config.seed), parallel.mesh(1)
     placed, spread = parallel.place(state, mesh), jax.device_put(batch, parallel.batch_sharding(mesh))
-    mapped = jax.jit(parallel.pmap(make(axis_name=parallel.AXIS), mesh))
-    step = jax.jit(make())
-    calls = [
-        functools.partial(mapped, placed, key, batch),
-        functools.partial(step, placed, key, spread),
-        functools.partial(step, state, key, batch),
-    ]
-    timed = rows.in_turns(config, calls)
+    mapped, step = parallel.pmap(make(axis_name=parallel.AXIS), mesh), make()
+    three = (mapped, placed, key, batch), (step, placed, key, spread), (step, state, key, batch)
+    timed = rows.in_turns(config, [functools.partial(rows.fresh, *each) for each in three])
     yield rows.ratio("pmap on one device over jit: run time", timed, 0, 2)
     yield rows.ratio("mesh of one device over jit: run time", timed, 1, 2)
 
@@ -151,7 +146,7 @@ def stall(config):
                 seconds.append(time.perf_counter() - start)
                 series._finish()
             wall.append(seconds)
-    measured = np.array(wall[1:])
+    measured = np.array(wall[1:])[:, None]
     yield rows.ratio(f"a save of {config.model}, {size:.2g} GB, asynchronous over blocking: stall", (measured, measured), 0, 1)
 
 
@@ -172,8 +167,8 @@ def pictures(config):
             batch = jax.device_put(source[size * i : size * (i + 1)].copy())
         return batch
 
-    timed = rows.in_turns(config, [piped, copied])
-    yield rows.row("pipeline from memory, 32 x 32 x 3: images", size * count / float(np.median(timed[0][:, 0])), "1/s")
+    timed = rows.in_turns(config, [lambda: piped, lambda: copied])
+    yield rows.row("pipeline from memory, 32 x 32 x 3: images", size * count / float(np.median(timed[0][..., 0])), "1/s")
     yield rows.ratio("pipeline from memory over a copy: run time", timed, 0, 1)
 
 

@@ -1,13 +1,16 @@
 """Rows of the benchmarks: what a line says, and how it is measured.
 
-A timing is a ratio of two programs that ran in turns (A B, B A, ...) in the same process: the median over the
-pairs of one's time over the other's, so that what slows the machine down slows both. `error` is half the width of the
-median's 68% interval, from order statistics; `fastest` is the ratio of the shortest times, whose `milliseconds` stand
-beside it; `cpu` is the ratio of processor seconds of this process; `load` is the machine's, and above its number of
-cores the wall clock of any one row means little. A row with a `goal` says whether it was `met`; where two programs
-compile to the same instructions, a row beside it says so.
+A timing is a ratio of two programs that ran in turns (A B, B A, ...) in the same process, so that what slows the machine
+down slows both. It is taken in rounds. Before each, small programs are compiled anew and their arguments copied, because
+where memory happens to lie decides several percent, for as long as it lies there: equal programs have read 1.05 in one
+process and .95 in the next. A round's ratio is the median of its pairs of runs, the row's the median of its rounds;
+`error` is half the width of that median's 68% interval, from order statistics; `fastest` is the ratio of the shortest
+times, whose `milliseconds` stand beside it; `cpu` is the ratio of processor seconds of this process; `load` is the
+machine's, and above its number of cores the wall clock of any one row means little. A row with a `goal` says whether it
+was `met`; where two programs compile to the same instructions, a row beside it says so.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,50 +114,80 @@ def finish(row, where):
 # How a line is measured.
 
 
-def in_turns(config, calls, least=3e-3):
-    """Seconds of each call, and processor seconds of each, (n, len(calls)) both, in turns: A B, B A, A B ...
+def fresh(function, *arguments):
+    """A call of the function, compiled anew, on copies of its arguments."""
+    return functools.partial(jax.jit(lambda *arguments: function(*arguments)), *jax.tree.map(jnp.copy, arguments))
 
-    Short calls are repeated within a turn for at least `least` seconds. The pause lets the other library's threads, which
-    spin for a moment after their work, go to sleep.
+
+def each(functions, *arguments):
+    """What `in_turns` takes, for functions of the same arguments."""
+    return [functools.partial(fresh, function, *arguments) for function in functions]
+
+
+def results(makers):
+    """What the calls return."""
+    return [np.asarray(make()()) for make in makers]
+
+
+def in_turns(config, makers, least=3e-3):
+    """Seconds of the calls, and processor seconds, (rounds, pairs, calls) both; a maker takes nothing and gives a call.
+
+    A round makes the calls anew, in this order and in the reverse by turns, and runs them A B, B A, A B ... Short calls are
+    repeated within a turn for at least `least` seconds, after one that is not counted. The pause lets the other library's threads, which spin for a moment after
+    their work, go to sleep. There are `repeats` rounds, and more where they still scatter, until ten times `seconds` have passed.
     """
-    single = []
-    for call in calls:
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        single.append(time.perf_counter() - start)
-    inner = [max(1, math.ceil(least / seconds)) for seconds in single]
-    round_trip = sum(count * seconds for count, seconds in zip(inner, single, strict=True))
-    least_n = max(2, min(config.repeats, int(10 * config.seconds / round_trip)))
-    n = min(max(least_n, int(config.seconds / round_trip)), 20 * config.repeats)
-    wall, cpu, began = [], [], time.perf_counter()
-    # More pairs than that where they still scatter, whatever the ratio is, up to ten times as long.
-    while len(wall) < n or (spread(np.array(wall)) > config.precision and time.perf_counter() - began < 10 * config.seconds):
-        for seconds in (wall, cpu):
-            seconds.append([0.0] * len(calls))
-        for j in range(len(calls))[:: 1 if len(wall) % 2 else -1]:
-            time.sleep(2e-3)
-            start, start_cpu = time.perf_counter(), time.process_time()
-            for _ in range(inner[j]):
-                jax.block_until_ready(calls[j]())
-            wall[-1][j], cpu[-1][j] = (time.perf_counter() - start) / inner[j], (time.process_time() - start_cpu) / inner[j]
-    return np.array(wall), np.array(cpu)
+
+    def made(backwards):
+        calls = [make() for make in makers[:: -1 if backwards else 1]]
+        for call in calls:
+            jax.block_until_ready(call())
+        return calls[:: -1 if backwards else 1]
+
+    def timed(call, count):
+        if count > 1:  # The first call after a pause finds cold caches; a long one does not notice.
+            jax.block_until_ready(call())
+        start, start_cpu = time.perf_counter(), time.process_time()
+        for _ in range(count):
+            jax.block_until_ready(call())
+        return (time.perf_counter() - start) / count, (time.process_time() - start_cpu) / count
+
+    start = time.perf_counter()
+    calls = made(False)
+    making = time.perf_counter() - start
+    single = [min(timed(call, 1)[0] for _ in range(3)) for call in calls]
+    inner = [math.ceil(least / seconds) for seconds in single]
+    turn = sum(count * seconds for count, seconds in zip(inner, single, strict=True))
+    # As long as the making at least, or most of the time would go into it.
+    pairs = max(2, 2 * round(max(config.seconds / config.repeats, min(making, config.seconds)) / (2 * turn)))
+
+    rounds, began = [], time.perf_counter()
+    while len(rounds) < 2 or (
+        time.perf_counter() - began < 10 * config.seconds
+        and (len(rounds) < config.repeats or spread(np.array(rounds)[..., 0]) > config.precision)
+    ):
+        calls = made(len(rounds) % 2)
+        rounds.append(np.zeros((pairs, len(calls), 2)))
+        for i in range(pairs):
+            for j in range(len(calls))[:: -1 if i % 2 else 1]:
+                time.sleep(2e-3)
+                rounds[-1][i, j] = timed(calls[j], inner[j])
+    return np.moveaxis(np.array(rounds), -1, 0)
 
 
-def interval(pairs):
+def interval(values):
     """The 68% interval of the median, from order statistics."""
-    pairs, n = np.sort(pairs), len(pairs)
-    return pairs[max(0, math.floor(n / 2 - math.sqrt(n) / 2))], pairs[min(n - 1, math.ceil(n / 2 + math.sqrt(n) / 2))]
+    values, n = np.sort(values), len(values)
+    return values[max(0, math.floor(n / 2 - math.sqrt(n) / 2))], values[min(n - 1, math.ceil(n / 2 + math.sqrt(n) / 2))]
 
 
 def spread(wall):
-    """The largest relative error of a ratio of the other columns' times to the first's."""
-    ratios = [wall[:, j] / wall[:, 0] for j in range(1, wall.shape[1])]
-    return max((np.subtract(*interval(pairs)[::-1]) / (2 * np.median(pairs)) for pairs in ratios), default=0.0)
+    """The largest relative error of a ratio of the other calls' times to the first's."""
+    rounds = np.median(wall[..., 1:] / wall[..., :1], axis=1)
+    return max((np.subtract(*interval(ratios)[::-1]) / (2 * np.median(ratios)) for ratios in rounds.T), default=0.0)
 
 
 def compilations(config, functions, arguments):
-    """Seconds to trace and compile each function, and processor seconds, (n, len(functions)) both, in turns, each time as a new
+    """Seconds to trace and compile each function, and processor seconds, (n, 1, functions) both, in turns, each time as a new
     function; and the programs of the last time."""
 
     def once(function, arguments):
@@ -167,22 +201,23 @@ def compilations(config, functions, arguments):
     for i in range(config.compiles + 1):
         for j in range(len(functions))[:: 1 if i % 2 else -1]:
             wall[i, j], cpu[i, j], programs[j] = once(functions[j], arguments[j])
-    return (wall[1:], cpu[1:]), programs
+    return (wall[1:, None], cpu[1:, None]), programs
 
 
 def ratio(name, measured, over, under, **more):
-    """The row of a ratio of two columns of what `in_turns` or `compilations` measured."""
-    wall, cpu = (seconds[:, [over, under]] for seconds in measured)
-    pairs = wall[:, 0] / wall[:, 1]
+    """The row of a ratio of two of the calls that `in_turns` or `compilations` measured."""
+    wall, cpu = (seconds[..., [over, under]] for seconds in measured)
+    rounds = np.median(wall[..., 0] / wall[..., 1], axis=1)
     extra = {
-        "error": short(np.subtract(*interval(pairs)[::-1]) / 2, 2),
-        "fastest": short(wall[:, 0].min() / wall[:, 1].min()),
-        "cpu": short(cpu[:, 0].sum() / max(cpu[:, 1].sum(), 1e-9)),
-        "milliseconds": [short(1e3 * wall[:, i].min()) for i in range(2)],
-        "pairs": len(pairs),
+        "error": short(np.subtract(*interval(rounds)[::-1]) / 2, 2),
+        "fastest": short(wall[..., 0].min() / wall[..., 1].min()),
+        "cpu": short(cpu[..., 0].sum() / max(cpu[..., 1].sum(), 1e-9)),
+        "milliseconds": [short(1e3 * wall[..., i].min()) for i in range(2)],
+        "rounds": len(rounds),
+        "pairs": wall.shape[0] * wall.shape[1],
         "load": short(os.getloadavg()[0], 2),
     }
-    return row(name, float(np.median(pairs)), "ratio", **extra, **more)
+    return row(name, float(np.median(rounds)), "ratio", **extra, **more)
 
 
 def short(value, digits=4):

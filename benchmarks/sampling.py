@@ -37,12 +37,15 @@ from benchmarks.rows import (
     ROOT,
     compilations,
     difference,
+    each,
+    fresh,
     in_turns,
     instructions,
     measure,
     ratio,
     ready,
     report,
+    results,
     row,
     same_program,
     start,
@@ -71,18 +74,18 @@ class Config:
     """Of the network."""
     depth: int = 4
     """Of the network."""
-    guidance_batch: int = 1024
-    """Points in the measurement of guidance."""
-    image_batch: int = 256
-    """Images in the measurement of guidance."""
+    guidance_batch: int = 256
+    """Points in the measurement of guidance; few, so that what disturbs the machine for a moment meets both programs."""
+    image_batch: int = 64
+    """Images in the measurement of guidance, few for the same reason."""
     image_steps: int = 10
     """Steps of a sampler of images."""
     seconds: float = 8.0
     """About how long to measure one comparison; a longer one is less noisy."""
-    repeats: int = 21
-    """Pairs of runs at least, unless they would take ten times as long as that."""
+    repeats: int = 11
+    """Rounds of a comparison at least, each with programs compiled anew, unless ten times as long as that has passed."""
     precision: float = 0.01
-    """Of a ratio, relative: more pairs are run until it is reached, or ten times as long as that has passed."""
+    """Of a ratio, relative: there are more rounds until it is reached, or ten times as long as that has passed."""
     compiles: int = 7
     """Pairs of compilations."""
     asynchronous: bool = False
@@ -200,11 +203,11 @@ def ode(config):
     functions = [functools.partial(our_ode, model), functools.partial(hand_ode, model)]
     for batch in config.batches:
         _, x_0 = start_at(config, batch)
-        calls = [functools.partial(jax.jit(function), params, x_0, grid) for function in functions]
+        makers = each(functions, params, x_0, grid)
         against = f"sample_ode over a scan by hand, batch {batch}"
         yield same_program(against, functions, params, x_0, grid)
-        yield difference(f"{against}: results", calls[0](), calls[1]())
-        yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, most=1.03)
+        yield difference(f"{against}: results", *results(makers))
+        yield ratio(f"{against}: run time", in_turns(config, makers), 0, 1, most=1.03)
         compiled, _ = compilations(config, functions, [(params, x_0, grid)] * 2)
         yield ratio(f"{against}: compile time", compiled, 0, 1, most=1.2)
 
@@ -219,11 +222,11 @@ def sde(config):
         for which, pair in pairs.items():
             against = f"sample_sde over a scan by hand{which}, batch {batch}"
             functions = [functools.partial(function, model) for function in pair]
-            calls = [functools.partial(jax.jit(function), params, key, x_0, grid) for function in functions]
+            makers = each(functions, params, key, x_0, grid)
             if which:
                 yield same_program(against, functions, params, key, x_0, grid)
-                yield difference(f"{against}: results", calls[0](), calls[1]())
-            yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, most=1.03)
+                yield difference(f"{against}: results", *results(makers))
+            yield ratio(f"{against}: run time", in_turns(config, makers), 0, 1, most=1.03)
             compiled, _ = compilations(config, functions, [(params, key, x_0, grid)] * 2)
             yield ratio(f"{against}: compile time", compiled, 0, 1, most=1.2)
 
@@ -234,8 +237,8 @@ def control(config):
     grid = times.grid(config.steps)
     for batch in config.batches:
         _, x_0 = start_at(config, batch)
-        calls = [functools.partial(jax.jit(functools.partial(hand_ode, model)), params, x_0, grid) for _ in range(2)]
-        yield ratio(f"control, a scan by hand over itself, batch {batch}: run time", in_turns(config, calls), 0, 1)
+        makers = each([functools.partial(hand_ode, model)] * 2, params, x_0, grid)
+        yield ratio(f"control, a scan by hand over itself, batch {batch}: run time", in_turns(config, makers), 0, 1)
 
 
 def guided(config, name, model, params, x_0, y, null, grid):
@@ -249,10 +252,10 @@ def guided(config, name, model, params, x_0, y, null, grid):
         return sampling.sample_ode(field, x_0, grid, step=sampling.euler)[0]
 
     functions = [functools.partial(scaled, 1.0), functools.partial(scaled, 3.0), none]
-    calls = [functools.partial(jax.jit(function), params, x_0, y) for function in functions]
+    makers = each(functions, params, x_0, y)
     yield same_program(f"guidance at scale 1 over none, {name}", functions[::2], params, x_0, y)
-    yield difference(f"guidance at scale 1 over none, {name}: results", calls[0](), calls[2]())
-    ran = in_turns(config, calls)
+    yield difference(f"guidance at scale 1 over none, {name}: results", *results(makers)[::2])
+    ran = in_turns(config, makers)
     yield ratio(f"guidance at scale 1 over none, {name}: run time", ran, 0, 2, most=1.02)
     yield ratio(f"guidance at scale 3 over none, {name}: run time", ran, 1, 2, most=2.05)
 
@@ -309,7 +312,7 @@ def handed_over(config):
     _, x_0 = start_at(config, batch)
     theirs = [functools.partial(diffrax_euler, diffrax, model, config.steps, throw=throw) for throw in (True, False)]
     functions = [*theirs, functools.partial(our_ode, model)]
-    ran = in_turns(config, [functools.partial(jax.jit(function), params, x_0, grid) for function in functions])
+    ran = in_turns(config, each(functions, params, x_0, grid))
     for i, name in enumerate(("diffrax", "diffrax, throw=False,")):
         yield ratio(f"{name} over sample_ode, batch {batch}, asynchronous dispatch: run time", ran, i, 2, packages=("diffrax",))
 
@@ -323,11 +326,11 @@ def diffrax_ode(config):
     functions = [functools.partial(diffrax_euler, diffrax, model, config.steps), functools.partial(our_ode, model)]
     for batch in config.batches:
         _, x_0 = start_at(config, batch)
-        calls = [functools.partial(jax.jit(function), params, x_0, grid) for function in functions]
+        makers = each(functions, params, x_0, grid)
         against = f"diffrax over sample_ode, batch {batch}"
         packages = ("diffrax",)
-        yield difference(f"{against}: results", calls[0](), calls[1](), packages=packages)
-        yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, packages=packages)
+        yield difference(f"{against}: results", *results(makers), packages=packages)
+        yield ratio(f"{against}: run time", in_turns(config, makers), 0, 1, packages=packages)
         compiled, _ = compilations(dataclasses.replace(config, compiles=max(1, config.compiles // 2)), functions, [(params, x_0, grid)] * 2)
         yield ratio(f"{against}: compile time", compiled, 0, 1, packages=packages)
 
@@ -348,14 +351,14 @@ def diffrax_sde(config):
     functions = [theirs, functools.partial(our_sde, model)]
     for batch in config.batches:
         key, x_0 = start_at(config, batch)
-        calls = [functools.partial(jax.jit(function), params, key, x_0, grid) for function in functions]
+        makers = each(functions, params, key, x_0, grid)
         against = f"diffrax, VirtualBrownianTree, over sample_sde, batch {batch}"
         packages = ("diffrax", "lineax")
         if batch > 1000:
-            a, b = (np.asarray(call()) for call in calls)
+            a, b = results(makers)
             yield difference(f"{against}: means of the results", a.mean(0), b.mean(0), packages=packages)
             yield difference(f"{against}: standard deviations of the results", a.std(0), b.std(0), packages=packages)
-        yield ratio(f"{against}: run time", in_turns(config, calls), 0, 1, packages=packages)
+        yield ratio(f"{against}: run time", in_turns(config, makers), 0, 1, packages=packages)
         compiled, _ = compilations(
             dataclasses.replace(config, compiles=max(1, config.compiles // 2)), functions, [(params, key, x_0, grid)] * 2
         )
@@ -391,19 +394,22 @@ def torch_forward(config):
         torch_x, torch_h = (torch.tensor(np.asarray(array).copy()) for array in (x_0, h))
         pairs = {
             "one evaluation of the network": (
-                lambda x=torch_x: velocity(time_half, x),
-                functools.partial(jax.jit(model.apply), params, x_0, 0.5),
+                lambda x=torch_x: functools.partial(velocity, time_half, x.clone()),
+                functools.partial(fresh, model.apply, params, x_0, 0.5),
             ),
             f"a product with {config.width} x {config.width}": (
-                lambda h=torch_h: h @ torch_matrix,
-                functools.partial(jax.jit(jnp.matmul), h, matrix),
+                lambda h=torch_h: functools.partial(torch.matmul, h.clone(), torch_matrix.clone()),
+                functools.partial(fresh, jnp.matmul, h, matrix),
             ),
-            "silu": (lambda h=torch_h: torch.nn.functional.silu(h), functools.partial(jax.jit(lambda h: jax.nn.silu(h)), h)),
+            "silu": (
+                lambda h=torch_h: functools.partial(torch.nn.functional.silu, h.clone()),
+                functools.partial(fresh, jax.nn.silu, h),
+            ),
         }
-        for name, calls in pairs.items():
+        for name, makers in pairs.items():
             for threads in torch_threads(torch):
                 with torch.inference_mode():
-                    measured = in_turns(dataclasses.replace(config, seconds=config.seconds / 4), calls)
+                    measured = in_turns(dataclasses.replace(config, seconds=config.seconds / 4), makers)
                 yield ratio(f"PyTorch, {threads}, over JAX, {name}, batch {batch}: run time", measured, 0, 1, packages=packages)
 
 
@@ -437,13 +443,15 @@ def torch_ode(config, torch, theirs, name):
     for batch in config.batches:
         _, x_0 = start_at(config, batch)
         torch_x = torch.tensor(np.asarray(x_0).copy())
-        ours = functools.partial(jax.jit(functools.partial(our_ode, model)), params, x_0, grid)
-        calls = [functools.partial(theirs, velocity, torch_x), ours]
+        makers = [
+            lambda x=torch_x: functools.partial(theirs, velocity, x.clone()),
+            *each([functools.partial(our_ode, model)], params, x_0, grid),
+        ]
         for threads in torch_threads(torch):
             with torch.inference_mode():
-                results, measured = [np.asarray(call()) for call in calls], in_turns(quick, calls)
+                ends, measured = results(makers), in_turns(quick, makers)
             against = f"{name}, {threads}, over sample_ode, batch {batch}"
-            yield difference(f"{against}: results", *results, packages=packages)
+            yield difference(f"{against}: results", *ends, packages=packages)
             yield ratio(f"{against}: run time", measured, 0, 1, packages=packages)
 
 

@@ -133,8 +133,9 @@ def in_turns(config, makers, least=3e-3):
     """Seconds of the calls, and processor seconds, (rounds, pairs, calls) both; a maker takes nothing and gives a call.
 
     A round makes the calls anew, in this order and in the reverse by turns, and runs them A B, B A, A B ... Short calls are
-    repeated within a turn for at least `least` seconds, after one that is not counted. The pause lets the other library's threads, which spin for a moment after
-    their work, go to sleep. There are `repeats` rounds, and more where they still scatter, until ten times `seconds` have passed.
+    repeated within a turn for at least `least` seconds, after one that is not counted. The pause lets the other library's
+    threads, which spin for a moment after their work, go to sleep. There are `repeats` rounds, and more where they still
+    scatter, until ten times `seconds` have passed.
     """
 
     def made(backwards):

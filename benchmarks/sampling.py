@@ -75,7 +75,7 @@ class Config:
     depth: int = 4
     """Of the network."""
     guidance_batch: int = 256
-    """Points in the measurement of guidance; few, so that what disturbs the machine for a moment meets both programs."""
+    """Points in the measurement of guidance; few, so that what disturbs the machine meets both programs."""
     image_batch: int = 64
     """Images in the measurement of guidance, few for the same reason."""
     image_steps: int = 10

@@ -65,7 +65,7 @@ class Config:
     precision: float = 0.03
     """Of a ratio, relative: there are more rounds until it is reached, or ten times as long as that has passed."""
     compiles: int = 1
-    """Pairs of compilations."""
+    """Pairs of compilations at least, and up to five times as many where their ratios scatter."""
     only: tuple[str, ...] = ()
     """Parts to measure, by their names; all of them where none is named."""
     peers: bool = True

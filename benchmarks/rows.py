@@ -22,7 +22,6 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,22 +186,25 @@ def spread(wall):
     return max((np.subtract(*interval(ratios)[::-1]) / (2 * np.median(ratios)) for ratios in rounds.T), default=0.0)
 
 
-def compilations(config, functions, arguments):
+def compilations(config, functions, arguments, precision=0.05, most=5):
     """Seconds to trace and compile each function, and processor seconds, (n, 1, functions) both, in turns, each time as a new
-    function; and the programs of the last time."""
+    function; and the programs of the last time. n is `compiles`, and up to `most` times as many while the ratios scatter."""
 
     def once(function, arguments):
         fresh = jax.jit(lambda *arguments: function(*arguments))
         start, start_cpu = time.perf_counter(), time.process_time()
         compiled = fresh.lower(*arguments).compile()
-        return time.perf_counter() - start, time.process_time() - start_cpu, compiled
+        return (time.perf_counter() - start, time.process_time() - start_cpu), compiled
 
-    wall, cpu = np.zeros((2, config.compiles + 1, len(functions)))
-    programs: list[Any] = [None] * len(functions)
-    for i in range(config.compiles + 1):
-        for j in range(len(functions))[:: 1 if i % 2 else -1]:
-            wall[i, j], cpu[i, j], programs[j] = once(functions[j], arguments[j])
-    return (wall[1:, None], cpu[1:, None]), programs
+    rounds, programs = [], []
+    while len(rounds) <= config.compiles or (
+        len(rounds) <= most * config.compiles and spread(np.array(rounds)[1:, None, :, 0]) > precision  # The first is not counted.
+    ):
+        order = range(len(functions))[:: -1 if len(rounds) % 2 else 1]
+        found = {j: once(functions[j], arguments[j]) for j in order}
+        rounds.append([found[j][0] for j in range(len(functions))])
+        programs = [found[j][1] for j in range(len(functions))]
+    return np.moveaxis(np.array(rounds)[1:, None], -1, 0), programs
 
 
 def ratio(name, measured, over, under, **more):

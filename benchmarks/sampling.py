@@ -87,7 +87,7 @@ class Config:
     precision: float = 0.01
     """Of a ratio, relative: there are more rounds until it is reached, or ten times as long as that has passed."""
     compiles: int = 7
-    """Pairs of compilations."""
+    """Pairs of compilations at least, and up to five times as many where their ratios scatter."""
     asynchronous: bool = False
     """Whether JAX hands a program over to another thread, its default on a CPU, rather than run it in the caller's."""
     only: tuple[str, ...] = ()

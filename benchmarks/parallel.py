@@ -36,12 +36,14 @@ class Config:
 
     out: Path | None = None
     """Where the lines are written too, once all are there."""
-    batch: int = 32
+    batch: int = 16
     """Images a step."""
-    width: int = 128
-    """Of the transformer that steps."""
+    width: int = 64
+    """Of the transformer that steps, so small that what goes on around it shows."""
     every: int = 20
     """Steps of a row."""
+    rows: int = 60
+    """Rows of the loop, each against as many bare steps."""
     model: str = "DiT-B/2"
     """The transformer whose state is saved: 130 million parameters, an optimiser and an average."""
     depth: int | None = None
@@ -110,8 +112,8 @@ def loop(config):
         while True:
             yield batch
 
-    count = max(config.repeats, 2) + 1
-    training.fit(make(), state, batches(), key, steps=count * config.every, every=config.every, callbacks=[bare], progress=False)
+    steps = (config.rows + 1) * config.every
+    training.fit(make(), state, batches(), key, steps=steps, every=config.every, callbacks=[bare], progress=False)
     measured = np.array(wall[1:])[:, None]
     yield rows.ratio("fit over the bare step: run time", (measured, measured), 0, 1, most=1.02)
 

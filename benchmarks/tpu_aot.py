@@ -35,9 +35,9 @@ from fmjax import parallel, training
 from fmjax.models import dit
 
 CHIPS = {
-    # Operations a second in bfloat16, bytes of memory, bytes a second of memory and of links, from the maker's pages.
-    "v5e": (197e12, 16e9, 819e9, 200e9),
-    "v5p": (459e12, 95e9, 2765e9, 600e9),
+    # Operations a second in bfloat16, bytes a second of memory and of links, from the maker's pages.
+    "v5e": (197e12, 819e9, 200e9),
+    "v5p": (459e12, 2765e9, 600e9),
 }
 MODELS = {
     "DiT-XL/2": functools.partial(dit.XL, patch=2),
@@ -89,7 +89,7 @@ class Config:
     """Compiles train steps for TPUs and prints what the compiler says of them, one JSON line a program."""
 
     out: Path | None = None
-    """Where the lines are written too, as one list, once all are there."""
+    """Where the lines are written too, as one list, after each program."""
     only: tuple[str, ...] = ()
     """Words that a program's name must have, such as v5e:4x4 or DiT-8B/2; all programs where none is given."""
 
@@ -108,9 +108,9 @@ def main(config: Config):
         if all(word in name for word in config.only):
             found.append({"name": name, **measure(program), **where})
             print(json.dumps(found[-1]), flush=True)
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(found, indent=1) + "\n")
+            if config.out is not None:
+                config.out.parent.mkdir(parents=True, exist_ok=True)
+                config.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def measure(program):
@@ -121,19 +121,18 @@ def measure(program):
     model = make(scan=program.scan, remat=program.remat)
     step, arguments, stay = lowered_from(model, mesh, RULES[program.rule], program.batch)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params))
-    peak, capacity, hbm, links = CHIPS[program.topology.partition(":")[0]]
+    peak, hbm, links = CHIPS[program.topology.partition(":")[0]]
     start = time.perf_counter()
     said = {"parameters": parameters, "chips": mesh.size}
     try:
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+[GM]) of ([\d.]+[GM]) hbm", str(error))
+        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
         if used is None:
             raise
-        return said | {"fits": False, "peak memory of a chip": used[1], "of": used[2]}
+        return said | {"fits": False, "peak memory of a chip, GiB": float(used[1]), "of, GiB": float(used[2])}
     seconds = time.perf_counter() - start
     counted = train_step.memory(compiled)
-    held = counted.argument_size_in_bytes + counted.output_size_in_bytes - counted.alias_size_in_bytes
     state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
     moved = collectives(compiled.as_text())
 
@@ -146,8 +145,7 @@ def measure(program):
     least, most = max(times.values()), sum(times.values())
     return said | {
         "fits": True,
-        "peak memory of a chip, GB": short((held + counted.temp_size_in_bytes) / 1e9),
-        "of, GB": capacity / 1e9,
+        "peak memory of a chip, GB": short(counted.peak_memory_in_bytes / 1e9),
         "state of a chip, GB": short(float(state) / 1e9),
         "collectives of a step, GB": {kind: short(size / 1e9) for kind, size in moved.items()},
         "estimate, not measured": {

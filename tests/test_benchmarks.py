@@ -150,7 +150,7 @@ def test_peak_by_the_name_of_the_device(kind, peak):
 @pytest.mark.usefixtures("compile_fast")
 def test_part_of_parallel_runs(part):
     config = parallel.Config(
-        batch=2, width=16, every=2, model="DiT-S/8", depth=1, saves=1, examples=512, seconds=0.0, repeats=2, precision=1.0
+        batch=2, width=16, every=2, model="DiT-S/8", depth=1, rows=2, saves=1, examples=512, seconds=0.0, repeats=2, precision=1.0
     )
     found = finished(part(config))
     assert any(row["unit"] == "ratio" for row in found)

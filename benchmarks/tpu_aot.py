@@ -127,10 +127,7 @@ def measure(program):
     try:
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-        if used is None:
-            raise
-        return said | {"fits": False, "peak memory of a chip, GiB": float(used[1]), "of, GiB": float(used[2])}
+        return said | too_large(error)
     seconds = time.perf_counter() - start
     counted = train_step.memory(compiled)
     state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
@@ -156,6 +153,14 @@ def measure(program):
         },
         "seconds to compile": short(seconds),
     }
+
+
+def too_large(error):
+    """What the compiler says of a program that does not fit; any other error is raised again."""
+    needs = re.search(r"(?:Used |temporaries \()([\d.]+)G\)? (?:of |exceeds available HBM \()([\d.]+)G", str(error))
+    if needs is None:
+        raise error
+    return {"fits": False, "needs on a chip, GB": short(float(needs[1]) * 2**30 / 1e9), "of, GB": short(float(needs[2]) * 2**30 / 1e9)}
 
 
 def lowered_from(model, mesh, rule, batch):

@@ -191,6 +191,19 @@ def test_collectives_of_a_loop_count_as_often_as_it_goes_round():
         tpu_aot.collectives(COMPILED.replace("constant(28)", "parameter(0)"))
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded hbm capacity by 4.25G.",
+        "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_program_that_does_not_fit(message):
+    assert tpu_aot.too_large(RuntimeError(message)) == {"fits": False, "needs on a chip, GB": 21.5, "of, GB": 16.9}
+    with pytest.raises(RuntimeError, match="no such thing"):
+        tpu_aot.too_large(RuntimeError("no such thing as 3.00G"))
+
+
 def test_bytes_on_the_wire():
     assert tpu_aot.on_the_wire("all-reduce", 80.0, 8) == 140.0
     assert tpu_aot.on_the_wire("all-gather", 80.0, 8) == 70.0

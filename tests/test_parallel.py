@@ -1,6 +1,7 @@
 """One step on eight devices, in each of the ways: the same training, what the devices tell each other, what each one holds."""
 
 import functools
+import math
 import re
 
 import chex
@@ -143,25 +144,30 @@ def test_accumulation_on_a_mesh():
     assert_close(together.params, train(step, alone_at()).params)
 
 
-def compiled_step(count, rule, model):
+def compiled_step(count, rule, model, size=SIZE, divided=False):
     mesh = parallel.mesh(count)
     state = jax.eval_shape(make(model))
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, rule(state, mesh))
     sharding = parallel.batch_sharding(mesh)
-    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch(0))
+    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding), batch(0))
     step = training.make_step(functools.partial(loss_fn, model), OPTIMIZER)
+    step = parallel.by_examples(step, mesh) if divided else step
     stay = jax.tree.map(lambda x: x.sharding, shapes)
     return jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(shapes, KEY, data).compile(), state
 
 
-def collective_bytes(compiled, kind):
-    """Bytes that collectives of a kind give, by the text of the compiled program."""
-    total = 0
+def collective_shapes(compiled, kind):
+    """What collectives of a kind give, by the text of the compiled program: the bytes of a number, and the shape."""
+    shapes = []
     for line in compiled.as_text().splitlines():
         found = re.search(rf"= (.*) {kind}(?:-start)?\(", line)
         for dtype, shape in re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", found[1] if found else ""):
-            total += int(np.prod([int(n) for n in shape.split(",") if n], initial=1)) * (1 if dtype == "pred" else 4)
-    return total
+            shapes.append((1 if dtype == "pred" else 4, tuple(int(n) for n in shape.split(",") if n)))
+    return shapes
+
+
+def collective_bytes(compiled, kind):
+    return sum(size * math.prod(shape) for size, shape in collective_shapes(compiled, kind))
 
 
 def test_gradients_cross_the_network_once(capsys):
@@ -174,14 +180,36 @@ def test_gradients_cross_the_network_once(capsys):
         assert collective_bytes(compiled, kind) == 0, kind
 
 
+@pytest.mark.parametrize("divided", [True, False])
+def test_by_examples_moves_weights_and_gradients_rather_than_activations(divided):
+    """Where a batch has fewer numbers than the weights, the compiler left alone moves the batch."""
+    size, tokens = 24, 4
+    compiled, _ = compiled_step(8, sharded_small, WIDE, size, divided)
+    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+    moved = [shape for kind in kinds for _, shape in collective_shapes(compiled, kind)]
+    # One number an example, such as its time, may move.
+    activations = [shape for shape in moved if {size, size * tokens} & set(shape) and math.prod(shape) > size]
+    assert bool(activations) != divided, activations
+    if divided:
+        gathered = {shape for _, shape in collective_shapes(compiled, "all-gather")}
+        reduced = {shape for _, shape in collective_shapes(compiled, "all-reduce")}
+        for kernel in ((128, 384), (128, 512), (512, 128)):
+            assert {kernel, kernel[::-1]} & gathered, kernel
+            assert {kernel, kernel[::-1]} & reduced, kernel
+
+
 def test_fully_sharded_memory_falls_with_the_number_of_devices():
-    held = {}
-    wide = mlp.MLP(width=512, depth=3, classes=4)
+    """The state, and with it what a step needs besides: activations, and one layer's weights at a time."""
+    deep = dit.DiT(patch=4, width=128, depth=8, heads=2, classes=4, scan=True, remat=True)
+    held, whole = {}, {}
     for count in (1, 2, 4, 8):
-        counted = compiled_step(count, functools.partial(parallel.fully_sharded, smallest=512), wide)[0].memory_analysis()
+        counted = compiled_step(count, functools.partial(parallel.fully_sharded, smallest=512), deep, 512, count > 1)[0].memory_analysis()
         held[count] = counted.argument_size_in_bytes
+        whole[count] = held[count] + counted.output_size_in_bytes - counted.alias_size_in_bytes + counted.temp_size_in_bytes
+    print(f"bytes of a device: state and batch {held}, with temporaries {whole}")
     for count in (2, 4, 8):
         assert held[count] == pytest.approx(held[1] / count, rel=0.15), held
+        assert whole[count] == pytest.approx(whole[1] / count, rel=0.15), whole
 
 
 @pytest.mark.parametrize("sde", [False, True])

@@ -272,3 +272,14 @@ def test_a_process_that_does_not_come(tmp_path):
     status, printed = Worker(tmp_path, processes=2, index=1, port=port(), connect=5).end(seconds=60)
     assert status != 0
     assert "did not connect" in printed or "DEADLINE_EXCEEDED" in printed
+
+
+def test_processes_that_disagree_about_their_number(tmp_path):
+    at = port()
+    first, second = (Worker(tmp_path, processes=count, index=index, port=at, timeout=20) for index, count in enumerate((2, 3)))
+    status, printed = second.end(seconds=60)
+    assert status == 1
+    assert "This job has 2 processes, but 3 were said: end the others and start again." in printed
+    first.kill()
+    first.end()
+    assert not (tmp_path / "checkpoints").exists()

@@ -280,6 +280,6 @@ def test_processes_that_disagree_about_their_number(tmp_path):
     status, printed = second.end(seconds=60)
     assert status == 1
     assert "This job has 2 processes, but 3 were said: end the others and start again." in printed
+    assert "row" not in printed
     first.kill()
     first.end()
-    assert not (tmp_path / "checkpoints").exists()

@@ -7,7 +7,8 @@
     python -m experiments.latents small --data fashion-mnist --size 28 --channels 1
 
 Started again with the same folder it goes on from its last checkpoint, on any number of devices; SIGTERM saves and ends it with status
-75. The folder of the run then holds config.json, rows.jsonl, TensorBoard's files, loss.png, samples.png and checkpoints/.
+75. The folder of the run then holds config.json, rows.jsonl, TensorBoard's files, loss.png, samples.png of the end
+and of every look, and checkpoints/.
 """
 
 import dataclasses
@@ -74,6 +75,10 @@ class Config:
     """Steps between two rows."""
     save_every: int = 5000
     """Steps between two checkpoints; a multiple of the rows'."""
+    look_every: int = 10_000
+    """Steps between two looks: the loss on images held out, and samples; a multiple of the rows'."""
+    held_out: int = 256
+    """Images that are not trained on; a multiple of the devices."""
     keep: int = 3
     """Checkpoints that are kept."""
     threads: int = 16
@@ -114,6 +119,8 @@ CONFIGS = {
             warm_up=10,
             every=10,
             save_every=20,
+            look_every=20,
+            held_out=64,
             threads=0,
             sampling_steps=10,
         ),
@@ -125,8 +132,10 @@ CONFIGS = {
 
 
 def main(config: Config):
-    if config.save_every % config.every:
-        raise SystemExit(f"--save-every is {config.save_every}: give a multiple of --every, {config.every}.")
+    for name in ("save_every", "look_every"):
+        if getattr(config, name) % config.every:
+            flag = f"--{name.replace('_', '-')}"
+            raise SystemExit(f"{flag} is {getattr(config, name)}: give a multiple of --every, {config.every}.")
     if config.cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache))
     if config.distributed or config.coordinator is not None or config.processes is not None or config.index is not None:
@@ -172,31 +181,16 @@ def main(config: Config):
     elif config.way == "fully_sharded":
         step, rule = parallel.by_examples(step, mesh), parallel.fully_sharded
     state = parallel.create(make, mesh, rule)
+    source, held = pipeline.split(source, config.held_out)
+    held = next(
+        pipeline.to_device(pipeline.batches(held, config.held_out, threads=0), sharding=parallel.batch_sharding(mesh, config.held_out))
+    )
     stream = pipeline.to_device(pipeline.batches(source, config.batch, seed=config.seed, threads=config.threads), sharding=spread)
 
     first = jax.process_index() == 0
     config.folder.mkdir(parents=True, exist_ok=True)
     if first:
         (config.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
-    with checkpoints.Series(config.folder / "checkpoints", keep=config.keep, best="loss") as series:
-        state, key_train = series.resume(state, key_train, stream)
-
-        def save(state, row=None):
-            if row is None or row["step"] % config.save_every == 0:
-                series.save(state, key_train, stream, row, wait=row is None)
-
-        state, _ = training.fit(
-            step,
-            state,
-            stream,
-            key_train,
-            steps=config.steps,
-            every=config.every,
-            callbacks=[training.json_lines(config.folder / "rows.jsonl"), training.tensorboard(config.folder / "tensorboard"), save],
-            save=save,
-            trace=config.folder / "trace" if config.trace else None,
-        )
-
     count = -(-8 * 8 // mesh.size) * mesh.size
     y = np.arange(count, dtype=np.int32) % min(8, config.classes)
 
@@ -206,14 +200,46 @@ def main(config: Config):
         field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, config.classes, config.guidance)
         return sampling.sample_ode(field, x_0, times.grid(config.sampling_steps), step=sampling.heun)[0]
 
-    x_1 = np.asarray(sample(state.ema[0], key_sample, y))
+    def draw(state, name):
+        x_1 = np.asarray(sample(state.ema[0], key_sample, y))
+        if first:
+            # Of latents, the first channel.
+            shown = x_1 if config.channels in (1, 3) else x_1[..., :1]
+            drawn = np.stack([shown[y == label][:8] for label in np.unique(y)])
+            pictures.samples(config.folder / name, {f"guidance {config.guidance:g}": drawn}, np.unique(y), columns=8)
+
+    evaluate = jax.jit(loss_fn, out_shardings=parallel.replicated(0, mesh))
+
+    def look(state, row):
+        if row["step"] % config.look_every == 0:
+            # The same noise, times and labels at every look.
+            row["held-out loss"] = float(evaluate(state.ema[0], jax.random.fold_in(key_sample, 1), held))
+            draw(state, f"samples_{row['step']}.png")
+
+    with checkpoints.Series(config.folder / "checkpoints", keep=config.keep, best="loss") as series:
+        state, key_train = series.resume(state, key_train, stream)
+
+        def save(state, row=None):
+            if row is None or row["step"] % config.save_every == 0:
+                series.save(state, key_train, stream, row, wait=row is None)
+
+        writers = [training.json_lines(config.folder / "rows.jsonl"), training.tensorboard(config.folder / "tensorboard")]
+        state, _ = training.fit(
+            step,
+            state,
+            stream,
+            key_train,
+            steps=config.steps,
+            every=config.every,
+            callbacks=[look, *writers, save],
+            save=save,
+            trace=config.folder / "trace" if config.trace else None,
+        )
+
+    draw(state, "samples.png")
     if first:
         rows = [json.loads(line) for line in (config.folder / "rows.jsonl").read_text().splitlines()]
         pictures.loss(config.folder / "loss.png", rows, "flow matching loss a number")
-        # Of latents, the first channel.
-        shown = x_1 if config.channels in (1, 3) else x_1[..., :1]
-        drawn = np.stack([shown[y == label][:8] for label in np.unique(y)])
-        pictures.samples(config.folder / "samples.png", {f"guidance {config.guidance:g}": drawn}, np.unique(y), columns=8)
         print(f"\nThe run is in {config.folder}/: samples.png, loss.png, rows.jsonl, tensorboard/, config.json, checkpoints/")
 
 

@@ -251,3 +251,18 @@ def test_a_series_where_a_file_is(tmp_path, state):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Checkpoints cannot be written to .*file/checkpoints: Not a directory"):
         checkpoints.Series(tmp_path / "file" / "checkpoints")
+
+
+def test_too_little_memory_is_said_before_anything_is_read(folder, state, monkeypatch):
+    asked = []
+
+    def none(tree):
+        asked.append(jax.tree.map(lambda x: (x.shape, x.sharding.num_devices), tree))
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(checkpoints.parallel, "require_memory", none)
+    monkeypatch.setattr(checkpoints.ocp, "load", lambda *arguments: pytest.fail("read all the same"))
+    spread = NamedSharding(Mesh(np.array(jax.devices()[:2]), "x"), PartitionSpec())
+    with pytest.raises(MemoryError, match="no room"):
+        checkpoints.restore(folder, jax.device_put(state, spread))
+    assert asked == [jax.tree.map(lambda x: (x.shape, 2), state)]

@@ -175,13 +175,26 @@ def test_fashion_mnist_of_the_course():
 def test_latents_go_on_where_they_ended(tmp_path):
     (_, small) = latents.CONFIGS["small"]
     config = dataclasses.replace(
-        small, folder=tmp_path / "run", way="pmap", patch=4, depth=1, batch=8, steps=4, every=2, save_every=2, sampling_steps=1
+        small,
+        folder=tmp_path / "run",
+        way="pmap",
+        patch=4,
+        depth=1,
+        batch=8,
+        steps=4,
+        every=2,
+        save_every=2,
+        look_every=4,
+        sampling_steps=1,
     )
     latents.main(dataclasses.replace(config, steps=2))
     latents.main(config)
-    for name in ("samples.png", "loss.png", "config.json"):
+    for name in ("samples.png", "samples_4.png", "loss.png", "config.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()] == [2, 4]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert ["held-out loss" in row for row in rows] == [False, True]
+    assert 0 < rows[1]["held-out loss"] < 10
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} >= {"2", "4"}
 
@@ -199,3 +212,5 @@ def test_latents_from_files_and_folders(tmp_path):
         latents.main(dataclasses.replace(small, folder=tmp_path / "run", data=str(tmp_path), channels=3))
     with pytest.raises(SystemExit, match=r"--save-every is 15: give a multiple of --every, 10"):
         latents.main(dataclasses.replace(small, folder=tmp_path / "run", save_every=15))
+    with pytest.raises(SystemExit, match=r"--look-every is 15: give a multiple of --every, 10"):
+        latents.main(dataclasses.replace(small, folder=tmp_path / "run", look_every=15))

@@ -580,3 +580,19 @@ def test_without_the_extra(monkeypatch):
     for make in (lambda: images.folder(".", size=8), lambda: images.records([], size=8)):
         with pytest.raises(ImportError, match=r"Pillow: pip install 'fmjax\[images\]'"):
             make()
+
+
+def test_split_holds_out_examples_of_all_kinds():
+    """No example stands on both sides, none is lost, and a source in order of its labels is held out in no order."""
+    x, y = np.arange(40.0, dtype=np.float32).reshape(40, 1, 1, 1), np.repeat(np.arange(4, dtype=np.int32), 10)
+    rest, held = pipeline.split(images.arrays(x, y), 12, seed=1)
+    assert (len(rest), len(held)) == (28, 12)
+    sides = [[float(side[i][0].item()) for i in range(len(side))] for side in (rest, held)]
+    assert sorted(sides[0] + sides[1]) == list(range(40))
+    assert len({int(held[i][1]) for i in range(12)}) == 4
+    assert sides[1] == [float(pipeline.split(images.arrays(x, y), 12, seed=1)[1][i][0].item()) for i in range(12)]
+    batch, _ = next(pipeline.batches(held, 12, shuffle=False, threads=0))
+    assert sorted(batch.ravel().tolist()) == sorted(sides[1])
+    for count in (0, 40):
+        with pytest.raises(ValueError, match=rf"count is {count}; expected at least 1 and fewer than the 40"):
+            pipeline.split(images.arrays(x, y), count)

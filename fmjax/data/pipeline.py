@@ -35,10 +35,7 @@ def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, proce
       ImportError: if grain is not installed (`pip install fmjax[images]`).
       ValueError: if the batch does not divide among the processes, or is larger than the source.
     """
-    try:
-        import grain
-    except ImportError as error:
-        raise ImportError("data.pipeline needs grain: pip install 'fmjax[images]'") from error
+    grain = _grain()
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     if not 0 <= process_index < process_count:
@@ -54,6 +51,33 @@ def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, proce
     parts = order[: len(source) // size * size].batch(size // process_count)
     order = parts[process_index::process_count].repeat(epochs)
     return iter(order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+
+
+def split(source, count, *, seed=0):
+    """A source in two: examples to train on, and `count` at random that are held out.
+
+    Args:
+      source: has a length and gives examples.
+      count: how many to hold out.
+      seed: of the choice.
+    Returns:
+      Two sources, of `len(source) - count` and of `count` examples.
+    Raises:
+      ImportError: if grain is not installed (`pip install fmjax[images]`).
+      ValueError: if nothing would be left on either side.
+    """
+    if not 0 < count < len(source):
+        raise ValueError(f"count is {count}; expected at least 1 and fewer than the {len(source)} examples of the source.")
+    shuffled = _grain().MapDataset.source(source).seed(seed).shuffle()
+    return shuffled[count:], shuffled[:count]
+
+
+def _grain():
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("data.pipeline needs grain: pip install 'fmjax[images]'") from error
+    return grain
 
 
 def to_device(iterator, *, ahead=2, sharding=None):

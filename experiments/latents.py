@@ -7,8 +7,8 @@
     python -m experiments.latents small --data fashion-mnist --size 28 --channels 1
 
 Started again with the same folder it goes on from its last checkpoint, on any number of devices; SIGTERM saves and ends it with status
-75. The folder of the run then holds config.json, rows.jsonl, TensorBoard's files, loss.png, samples.png of the end
-and of every look, and checkpoints/.
+75. The folder of the run then holds config.json, rows.jsonl, TensorBoard's files, loss.png, samples.png, pictures of the samples on
+the way, and checkpoints/.
 """
 
 import dataclasses

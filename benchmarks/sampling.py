@@ -74,10 +74,10 @@ class Config:
     """Of the network."""
     depth: int = 4
     """Of the network."""
-    guidance_batch: int = 256
-    """Points in the measurement of guidance; few, so that what disturbs the machine meets both programs."""
-    image_batch: int = 64
-    """Images in the measurement of guidance, few for the same reason."""
+    guidance_batches: tuple[int, ...] = (256, 1024)
+    """Numbers of points in the measurement of guidance."""
+    image_batches: tuple[int, ...] = (64, 256)
+    """Numbers of images in the measurement of guidance."""
     image_steps: int = 10
     """Steps of a sampler of images."""
     seconds: float = 8.0
@@ -263,22 +263,22 @@ def guided(config, name, model, params, x_0, y, null, grid):
 def guided_points(config):
     """Guidance of the perceptron."""
     model, params = network(config, classes=10)
-    _, x_0 = start_at(config, config.guidance_batch)
-    y = jnp.arange(config.guidance_batch) % 10
-    yield from guided(config, f"MLP, batch {config.guidance_batch}", model, params, x_0, y, 10, times.grid(config.steps))
+    for batch in config.guidance_batches:
+        _, x_0 = start_at(config, batch)
+        yield from guided(config, f"MLP, batch {batch}", model, params, x_0, jnp.arange(batch) % 10, 10, times.grid(config.steps))
 
 
 def guided_images(config):
     """Guidance of a small diffusion transformer."""
     model = dit.DiT(patch=2, width=64, depth=2, heads=4, classes=10, scan=True)
-    x_0 = sampling.noise(jax.random.key(config.seed + 1), (config.image_batch, 8, 8, 1))
-    y = jnp.arange(config.image_batch) % 10
     # Weights at random, since a new transformer gives zero everywhere.
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x_0, 0.5, y)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), 0.5, jnp.zeros(1, int))
     leaves, structure = jax.tree.flatten(shapes)
     random = np.random.default_rng(config.seed)
     params = jax.tree.unflatten(structure, [jnp.asarray(0.05 * random.standard_normal(leaf.shape, np.float32)) for leaf in leaves])
-    yield from guided(config, f"DiT, batch {config.image_batch}", model, params, x_0, y, 10, times.grid(config.image_steps))
+    for batch in config.image_batches:
+        x_0 = sampling.noise(jax.random.key(config.seed + 1), (batch, 8, 8, 1))
+        yield from guided(config, f"DiT, batch {batch}", model, params, x_0, jnp.arange(batch) % 10, 10, times.grid(config.image_steps))
 
 
 # The public solvers. They are imported by name and only where they are installed.

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Path(Protocol):
@@ -155,6 +156,43 @@ def lift(t, x):
     """
     t = _times(t, x)
     return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+
+
+def signal_at(path, t):
+    """alpha_t / (alpha_t + beta_t), the clock of the linear path; 1 / (1 + sigma) where the noise level beta_t / alpha_t is sigma.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      t: times, any shape.
+    Returns:
+      Numbers in [0, 1], like t; paths of the same noise at the same signal differ in scale alone.
+    """
+    return path.alpha(t) / (path.alpha(t) + path.beta(t))
+
+
+def time_at(path, signal):
+    """The time of a path at a given signal: the inverse of `signal_at`, by bisection.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`, whose ratio alpha_t / beta_t rises over [0, 1].
+      signal: in [0, 1], any shape; noise is 0, data 1.
+    Returns:
+      Times like signal, in [0, 1], the nearer end where the path does not reach it; differentiable in the signal and the path.
+    """
+    signal = jnp.asarray(signal, jnp.result_type(float, signal))
+    # Each round looks at 2^10 intervals at once, since a device finds that easier than ten halvings one by one.
+    parts, t, width = 2**10, jnp.zeros_like(signal), 1.0
+    for _ in range(-(-(jnp.finfo(signal.dtype).nmant + 1) // 10)):
+        width = width / parts
+        inner = t[None] + width * jnp.arange(1, parts, dtype=t.dtype).reshape(-1, *(1,) * t.ndim)
+        t = t + width * (signal_at(path, inner) <= signal[None]).sum(0)
+    # One step of Newton's method from there: what is left of the way, and the derivative. None where the slope is not finite.
+    t, fixed = lax.stop_gradient(t + width / 2), lax.stop_gradient(signal)
+    value, slope = jax.jvp(lambda t: signal_at(path, t), (t,), (jnp.ones_like(t),))
+    first, last = (signal_at(path, jnp.asarray(end, t.dtype)) for end in (0, 1))
+    usable = jnp.isfinite(slope) & (slope > 0) & (fixed > first) & (fixed < last)
+    step = (signal - value) / lax.stop_gradient(jnp.where(usable, slope, 1))
+    return jnp.clip(jnp.where(usable, t + step, t), 0, 1)
 
 
 def interpolate(path, x_0, x_1, t):

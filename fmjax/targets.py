@@ -78,12 +78,13 @@ def coefficients(path, t, *, source, target):
     a, b, scale = _unit(*source(path, t))
     c, d = target(path, t)
     p, q = c * b - d * a, alpha * d - beta * c
-    # Parallel rows need no solve, and at the ends of a path the solve would divide zero by zero there.
+    # Parallel rows need no solve, and at the ends of a path the solve would divide zero by zero there. Elsewhere both ways must
+    # be right, each without the other: a compiler may round the same p to 0 in one place and not in the next.
     is_value = (p == 0) & ((a != 0) | (b != 0))
     is_x = (q == 0) & ~is_value
-    determinant = jnp.where(is_value | is_x, 1, alpha * b - beta * a)
-    value_norm = jnp.where(is_value, a**2 + b**2, 1)
-    x_norm = jnp.where(is_x, alpha**2 + beta**2, 1)
+    determinant = alpha * b - beta * a
+    determinant = jnp.where((determinant == 0) & (is_value | is_x), 1, determinant)
+    value_norm, x_norm = (jnp.where(norm == 0, 1, norm) for norm in (a**2 + b**2, alpha**2 + beta**2))
     p = jnp.where(is_value, 0, jnp.where(is_x, (alpha * c + beta * d) / x_norm, p / determinant))
     q = jnp.where(is_value, (a * c + b * d) / value_norm, jnp.where(is_x, 0, q / determinant))
     return p, q * scale
@@ -125,6 +126,32 @@ def convert_field(path, field, *, source, target):
       A field, (x, t) -> the target `target`, like x, of one evaluation of `field`.
     """
     return lambda x, t: convert(path, field(x, t), x, t, source=source, target=target)
+
+
+def change_path(field, *, source, target):
+    """The velocity along one path from the velocity that was learned along another, with the same noise and data at every x.
+
+    At the times s of the source and t of the target at which alpha / beta is the same, the states are in proportion:
+
+    u_t(x) = alpha'_t E[x_1 | x_s] + beta'_t E[x_0 | x_s],   x_s = (alpha_s + beta_s) / (alpha_t + beta_t) x
+    (Pokle et al. 2023, lemma 2; Lipman et al. 2024, section 4.7)
+
+    Args:
+      field: (x, t) -> u_t(x) along `source`; from another prediction by `convert_field`.
+      source: the path that it was learned along, anything with `alpha(t)` and `beta(t)`.
+      target: the path to go along, likewise; where its noise is larger than all of the source's, the source's end stands in.
+    Returns:
+      A field, (x, t) -> u_t(x) along `target`, of one evaluation of `field`.
+    """
+
+    def changed(x, t):
+        t = paths.lift(t, x)
+        s = paths.time_at(source, paths.signal_at(target, t))
+        x_s = ((source.alpha(s) + source.beta(s)) / (target.alpha(t) + target.beta(t)) * x).astype(x.dtype)
+        s = s.reshape(-1) if s.ndim else s
+        return convert(source, field(x_s, s), x_s, s, source=velocity, target=lambda *_: velocity(target, t))
+
+    return changed
 
 
 def weight(path, t, *, source, target):

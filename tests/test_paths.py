@@ -205,3 +205,23 @@ def test_bad_state_is_named(function):
         function(paths.Linear(), jnp.zeros((4, 1)), x, 0.5)
     with pytest.raises(TypeError, match="x has dtype int32"):
         function(paths.Linear(), jnp.zeros((4, 3), int), x, 0.5)
+
+
+@each_path
+def test_time_at_inverts_the_clock(path, key, x64):
+    t = jnp.concatenate([jax.random.uniform(key, (50,), minval=1e-4, maxval=1 - 1e-4), jnp.array([1.0])])
+    signal = path.alpha(t) / (path.alpha(t) + path.beta(t))
+    found = paths.time_at(path, signal)
+    np.testing.assert_allclose(path.alpha(found) / (path.alpha(found) + path.beta(found)), signal, atol=1e-12)
+    np.testing.assert_allclose(found, t, atol=1e-9)
+    # Its derivative is the inverse's, by one over the slope.
+    slope = jax.vmap(jax.grad(lambda t: path.alpha(t) / (path.alpha(t) + path.beta(t))))(t[:-1])
+    np.testing.assert_allclose(jax.vmap(jax.grad(lambda s: paths.time_at(path, s)))(signal[:-1]), 1 / slope, rtol=1e-6)
+
+
+@each_path
+def test_time_at_keeps_to_the_path_and_to_single_precision(path):
+    assert paths.time_at(path, 1.0) == 1
+    assert 0 <= paths.time_at(path, 0.0) < 1e-3
+    t = jnp.linspace(0.05, 0.95, 31)
+    np.testing.assert_allclose(paths.time_at(path, path.alpha(t) / (path.alpha(t) + path.beta(t))), t, atol=3e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from battery import BOUNDED, PATHS, TARGETS, mixture, name
 
-from fmjax import losses, marginals, paths, targets
+from fmjax import losses, marginals, paths, sampling, targets
 
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 each_source = pytest.mark.parametrize("source", TARGETS, ids=name)
@@ -158,3 +158,37 @@ def test_bad_input_is_named():
         targets.convert(paths.Linear(), x, x, jnp.zeros(3), **arguments)
     with pytest.raises(TypeError, match="value has dtype int32"):
         targets.convert(paths.Linear(), jnp.zeros((4, 3), int), x, 0.5, **arguments)
+
+
+@pytest.mark.parametrize("source", PATHS, ids=name)
+@pytest.mark.parametrize("target", PATHS, ids=name)
+def test_a_field_of_one_path_along_another_is_that_paths(source, target, key, x64):
+    """The velocity that would have been learned along `target`, where the source's noise is large enough."""
+    data, x = mixture(), jax.random.normal(key, (6, 2))
+    least = jnp.max(jnp.stack([path.alpha(0.0) / (path.alpha(0.0) + path.beta(0.0)) for path in (source, target)]).astype(float))
+    t = paths.time_at(target, jnp.linspace(least + 0.01, 0.98, 6))
+    changed = targets.change_path(marginals.velocity(source, data), source=source, target=target)
+    exact = marginals.velocity(target, data)(x, t)
+    np.testing.assert_allclose(changed(x, t), exact, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(changed(x, t[2]), marginals.velocity(target, data)(x, t[2]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_changed_path_leads_to_the_same_data(key, x64):
+    """A flow is its data's, whatever the path: each x_0 ends where it ended before."""
+    data, x_0 = mixture(), jax.random.normal(key, (32, 2))
+    ends = []
+    for target in (paths.Linear(), paths.Cosine(), paths.Polynomial(2.0)):
+        field = targets.change_path(marginals.velocity(paths.Linear(), data), source=paths.Linear(), target=target)
+        ends.append(sampling.sample_ode(field, x_0, jnp.linspace(0, 1, 201), step=sampling.rk4)[0])
+    np.testing.assert_allclose(ends[1:], [ends[0]] * 2, atol=1e-5)
+
+
+def test_a_changed_path_from_predicted_noise_in_half_precision(key):
+    """What a network of another prediction and dtype needs: convert first, then change."""
+    data, x = mixture(), jax.random.normal(key, (6, 2))
+    source, target = paths.VariancePreserving(), paths.Linear()
+    noise = targets.convert_field(source, marginals.velocity(source, data), source=targets.velocity, target=targets.noise)
+    learned = targets.convert_field(source, noise, source=targets.noise, target=targets.velocity)
+    changed = targets.change_path(learned, source=source, target=target)
+    np.testing.assert_allclose(changed(x, 0.5), marginals.velocity(target, data)(x, 0.5), rtol=1e-3, atol=1e-4)
+    assert changed(x.astype(jnp.bfloat16), 0.5).dtype == jnp.bfloat16

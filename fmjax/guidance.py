@@ -2,16 +2,20 @@
 
     u~(x | y) = (1 - w) u(x | null) + w u(x | y)                  classifier-free                 (1)
     s~(x | y) = s(x) + w grad log p_t(y | x)                      by a classifier                 (2)
+    u~(x | y_1, y_2 ..) = u(x | null) + sum_i w_i (u(x | y_i) - u(x | null))     several conditions    (3)
 
-(1) holds for velocities, scores and every other target alike, since they are affine in each other at a given x.
+(1) and (3) hold for velocities, scores and every other target alike, since they are affine in each other at a given x. How the
+two values of (1) are put together is a function `(guided, unguided, scale) -> value`: `extrapolate` is (1), `zero_star`,
+`projected(...)` and `rescaled(...)` are others, and so is yours. All give the guided value at scale 1.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
-from fmjax import paths
+from fmjax import paths, targets
 
 
 def _check_scale(scale):
@@ -20,7 +24,93 @@ def _check_scale(scale):
         raise ValueError(f"The guidance scale is {scale}, but it must be finite: 1 is no guidance, 3 is common.")
 
 
-def classifier_free(field_y, y, null, scale):
+def extrapolate(guided, unguided, scale):
+    """(1): from the unguided value through the guided one and on."""
+    return (1 - scale) * unguided + scale * guided
+
+
+def zero_star(guided, unguided, scale):
+    """CFG-Zero*: (1) with the unguided value scaled to be nearest to the guided one    (Fan et al. 2025, eq. 9).
+
+    (1 - w) s u(x | null) + w u(x | y),   s = <u(x | y), u(x | null)> / |u(x | null)|^2 of each example
+
+    The paper's zeros in the first steps are `interval(field, lambda x, t: jnp.zeros_like(x), first, 1)`. For velocities.
+    """
+    return extrapolate(guided, _share(guided, unguided) * unguided, scale)
+
+
+def projected(parallel=0.0, largest=None):
+    """APG: (1) with less of the change along the guided value, which oversaturates    (Sadat et al. 2025, section 4, without momentum).
+
+    D + (w - 1) (d_orthogonal + eta d_parallel),   d = D(x | y) - D(x | null), shortened to `largest` where it is longer
+
+    For predicted data D: guide the field of data, then `targets.convert_field` it to a velocity.
+
+    Args:
+      parallel: the paper's eta; 1 leaves d as it is.
+      largest: the paper's r, the norm of d at most; None for any.
+    Returns:
+      A way to put two values together, for `classifier_free`.
+    """
+
+    def combine(guided, unguided, scale):
+        difference = guided - unguided
+        if largest is not None:
+            norm = jnp.sqrt(_dot(difference, difference))
+            difference = difference * jnp.where(norm > largest, largest / jnp.where(norm > 0, norm, 1), 1)
+        along = _share(difference, guided) * guided
+        return guided + (scale - 1) * (difference - along + parallel * along)
+
+    return combine
+
+
+def rescaled(share=0.7):
+    """(1) brought back to the spread of the guided value, in part    (Lin et al. 2024, section 3.4).
+
+    Args:
+      share: the paper's phi, in [0, 1]; 0 is (1) itself.
+    Returns:
+      A way to put two values together, for `classifier_free`.
+    """
+
+    def combine(guided, unguided, scale):
+        value = extrapolate(guided, unguided, scale)
+        axes = tuple(range(1, value.ndim))
+        spread = jnp.std(value, axes, keepdims=True)
+        ratio = jnp.std(guided, axes, keepdims=True) / jnp.where(spread > 0, spread, 1)
+        return value * (share * jnp.where(spread > 0, ratio, 1) + 1 - share)
+
+    return combine
+
+
+def _dot(a, b):
+    """Of each example, (B, 1, ..., 1)."""
+    return (a * b).sum(tuple(range(1, a.ndim)), keepdims=True)
+
+
+def _share(a, b):
+    """The multiple of b that is nearest to a, of each example; 0 where b is."""
+    square = _dot(b, b)
+    return jnp.where(square > 0, _dot(a, b) / jnp.where(square > 0, square, 1), 0)
+
+
+def _evaluate(field_y, conditions, x, t):
+    """The values under several conditions, each one an example, in one batched call."""
+    count = len(conditions)
+    for y in conditions:
+        if y.shape[:1] != x.shape[:1]:
+            raise ValueError(f"y has shape {y.shape}, but it must hold one condition an example for x of shape {x.shape}.")
+    if count == 1:
+        return [field_y(x, t, conditions[0])]
+    many_t = jnp.concatenate([t] * count) if jnp.ndim(t) else t
+    return jnp.split(field_y(jnp.concatenate([x] * count), many_t, jnp.concatenate(conditions)), count)
+
+
+def _nulls(null, y):
+    return jnp.broadcast_to(jnp.asarray(null, y.dtype), y.shape)
+
+
+def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
     """Classifier-free guidance, in one batched call of the network.
 
     u~(x | y) = (1 - w) u(x | null) + w u(x | y)        (1) (notes 002 and 004, "Classifier-Free Guidance")
@@ -28,8 +118,10 @@ def classifier_free(field_y, y, null, scale):
     Args:
       field_y: (x, t, y) -> like x, the network.
       y: conditions, (B,) labels or (B, ...) of any kind.
-      null: the condition that stands for none, a label or an array like one example's y.
+      null: the condition that stands for none, a label or an array like one example's y; or like y, one an example. What is
+        not wanted, a negative condition, takes its place.
       scale: w, a number or an array that multiplies x, such as (B, 1, 1, 1). 1 is no guidance and costs one evaluation.
+      combine: how the values are put together, `(guided, unguided, scale) -> value`; `extrapolate` is (1).
     Returns:
       A field, (x, t) -> like x.
     Raises:
@@ -40,15 +132,81 @@ def classifier_free(field_y, y, null, scale):
     plain = not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1
 
     def field(x, t):
-        if y.shape[:1] != x.shape[:1]:
-            raise ValueError(f"y has shape {y.shape}, but it must hold one condition an example for x of shape {x.shape}.")
         if plain:
-            return field_y(x, t, y)
-        nulls = jnp.broadcast_to(jnp.asarray(null, y.dtype), y.shape)
-        both_t = jnp.concatenate([t, t]) if jnp.ndim(t) else t
-        both = field_y(jnp.concatenate([x, x]), both_t, jnp.concatenate([nulls, y]))
-        unguided, guided = jnp.split(both, 2)
-        return (1 - scale) * unguided + scale * guided
+            return _evaluate(field_y, [y], x, t)[0]
+        unguided, guided = _evaluate(field_y, [_nulls(null, y), y], x, t)
+        return combine(guided, unguided, scale)
+
+    return field
+
+
+def weighted(field_y, ys, null, scales):
+    """Several conditions with a weight each, in one batched call of the network.
+
+    u~ = u(x | null) + sum_i w_i (u(x | y_i) - u(x | null))        (3) (Liu et al. 2022, eq. 11)
+
+    Args:
+      field_y: (x, t, y) -> like x, the network.
+      ys: conditions, each (B,) labels or (B, ...) of any kind.
+      null: the condition that stands for none, a label or an array like one example's y.
+      scales: w_i, a number each, or an array that multiplies x; below 0 turns away from a condition.
+    Returns:
+      A field, (x, t) -> like x.
+    Raises:
+      ValueError: if there is not one scale a condition, a scale is not finite, or a y has not one condition an example.
+    """
+    ys = [jnp.asarray(y) for y in ys]
+    if len(ys) != len(scales) or not ys:
+        raise ValueError(f"There are {len(ys)} conditions and {len(scales)} scales, but each condition has one scale.")
+    for scale in scales:
+        _check_scale(scale)
+
+    def field(x, t):
+        unguided, *guided = _evaluate(field_y, [_nulls(null, ys[0]), *ys], x, t)
+        return unguided + sum(scale * (value - unguided) for scale, value in zip(scales, guided, strict=True))
+
+    return field
+
+
+def autoguidance(field, weak_field, scale, *, combine=extrapolate):
+    """Guidance by a weaker version of the same network    (Karras et al. 2024, eq. 3): (1) with it in the null's place.
+
+    Args:
+      field: (x, t) -> like x.
+      weak_field: likewise, smaller or trained less, and of the same target.
+      scale: w; 1 is no guidance and evaluates `field` alone.
+      combine: how the values are put together, `(guided, unguided, scale) -> value`.
+    Returns:
+      A field, (x, t) -> like x.
+    Raises:
+      ValueError: if the scale is not finite.
+    """
+    _check_scale(scale)
+    if not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1:
+        return field
+    return lambda x, t: combine(field(x, t), weak_field(x, t), scale)
+
+
+def interval(guided, otherwise, start, end):
+    """One field while t is in [start, end], another outside; only one of them is evaluated    (Kynkäänniemi et al. 2024).
+
+    Args:
+      guided: (x, t) -> like x, inside.
+      otherwise: likewise, outside; the network under its condition costs half of its guidance.
+      start: the first time inside.
+      end: the last.
+    Returns:
+      A field, (x, t) -> like x, for one t at a time, as samplers have it.
+    Raises:
+      ValueError: if the interval is empty, or t has a time an example.
+    """
+    if not isinstance(start, Tracer) and not isinstance(end, Tracer) and not start <= end:
+        raise ValueError(f"The interval from {start} to {end} is empty.")
+
+    def field(x, t):
+        if jnp.ndim(t):
+            raise ValueError(f"t has shape {jnp.shape(t)}, but guidance in an interval takes one time for the whole batch.")
+        return lax.cond((start <= t) & (t <= end), guided, otherwise, x, t)
 
     return field
 
@@ -76,6 +234,55 @@ def classifier(field, log_probability, scale):
     def guided(x, t):
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
         return field(x, t) + (scale(paths.lift(t, x)) if callable(scale) else scale) * gradient
+
+    return guided
+
+
+def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iterations=10):
+    """Samples of data x_1 given y = A x_1 + noise, from a field that knows the data alone: inpainting, super-resolution.
+
+    u~ = u + b_t (dD/dx)^T A^T (r_t^2 A A^T + noise^2 I)^-1 (y - A D),   D = E[x_1 | x_t = x]
+    (Song et al. 2023, eq. 8; Pokle et al. 2023 for flows), which is (2) with p(x_1 | x_t) taken as N(D, r_t^2 I)
+
+    It is exact where the data are N(0, I) and a good guide elsewhere.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      field: (x, t) -> u_t(x), like x, in which no example depends on another.
+      operator: A, of one example, a linear function of an array like x[0]: `lambda x: x * mask`, `lambda x: x[::2, ::2]`.
+      y: what was measured of each example, (B, ...).
+      noise: its standard deviation.
+      spread: r_t, a function of t; None for beta_t / sqrt(alpha_t^2 + beta_t^2), right for data N(0, I).
+      iterations: of conjugate gradients for the inverse, one where A A^T has one eigenvalue beside 0.
+    Returns:
+      A velocity field, (x, t) -> like x, for 0 < alpha_t and 0 < beta_t: of one evaluation of `field` and its derivative.
+    Raises:
+      ValueError: if A of an example and y have other shapes.
+    """
+
+    def default(t):
+        return path.beta(t) / jnp.sqrt(path.alpha(t) ** 2 + path.beta(t) ** 2)
+
+    def guided(x, t):
+        def data_and_velocity(x):
+            u = field(x, t)
+            return targets.convert(path, u, x, t, source=targets.velocity, target=targets.data), u
+
+        expected, pull_back, u = jax.vjp(data_and_velocity, x, has_aux=True)
+        measured = jax.vmap(operator)(expected)
+        if measured.shape != jnp.shape(y):
+            raise ValueError(f"y has shape {jnp.shape(y)}, but the operator gives {measured.shape} for x of shape {x.shape}.")
+        transpose = jax.linear_transpose(operator, expected[0])
+        variance = jnp.broadcast_to((spread or default)(t) ** 2, x.shape[:1])
+
+        def solve(variance, residual):
+            return jax.scipy.sparse.linalg.cg(lambda v: variance * operator(transpose(v)[0]) + noise**2 * v, residual, maxiter=iterations)[
+                0
+            ]
+
+        pull = jax.vmap(lambda *each: transpose(solve(*each))[0])(variance, jnp.asarray(y, measured.dtype) - measured)
+        b = targets.coefficients(path, paths.lift(t, x), source=targets.score, target=targets.velocity)[1]
+        return u + b * pull_back(pull)[0]
 
     return guided
 

@@ -151,3 +151,138 @@ def test_bad_input_is_named(key):
     for rate in (-0.1, 1.5, jnp.nan):
         with pytest.raises(ValueError, match=r"rate is .*a probability"):
             guidance.drop_labels(key, y, NULL, rate)
+
+
+def three_conditions(key):
+    x, y, z = jax.random.normal(key, (6, 2)), jnp.array([0, 1, 2, 0, 1, 2]), jnp.array([1, 1, 0, 2, 2, 1])
+    return x, y, z, lambda k, fields, x, t: jnp.stack([fields[j](x, t)[i] for i, j in enumerate(k)])
+
+
+def test_several_conditions_are_their_weighted_sum_in_one_call(key, x64):
+    x, y, z, at = three_conditions(key)
+    calls, fields = [], classes(marginals.velocity, paths.Linear())
+    field = guidance.weighted(conditional(marginals.velocity, paths.Linear(), calls), [y, z], NULL, [2.0, -0.5])
+    plain = fields[-1](x, 0.4)
+    expected = plain + 2.0 * (at(y, fields, x, 0.4) - plain) - 0.5 * (at(z, fields, x, 0.4) - plain)
+    np.testing.assert_allclose(field(x, 0.4), expected, rtol=1e-10, atol=1e-12)
+    assert calls == [18]
+    one = guidance.weighted(conditional(marginals.velocity, paths.Linear()), [y], NULL, [3.0])
+    np.testing.assert_allclose(
+        one(x, 0.4), guidance.classifier_free(conditional(marginals.velocity, paths.Linear()), y, NULL, 3.0)(x, 0.4), rtol=1e-10
+    )
+
+
+def test_a_negative_condition_takes_the_place_of_none(key, x64):
+    x, y, z, at = three_conditions(key)
+    fields = classes(marginals.velocity, paths.Linear())
+    field = guidance.classifier_free(conditional(marginals.velocity, paths.Linear()), y, z, 3.0)
+    np.testing.assert_allclose(field(x, 0.4), -2 * at(z, fields, x, 0.4) + 3 * at(y, fields, x, 0.4), rtol=1e-10, atol=1e-12)
+
+
+COMBINATIONS = {
+    "extrapolate": guidance.extrapolate,
+    "zero_star": guidance.zero_star,
+    "projected": guidance.projected(),
+    "projected short": guidance.projected(0.3, 0.1),
+    "rescaled": guidance.rescaled(),
+}
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_every_combination_is_no_guidance_at_scale_one(combine, key, x64):
+    guided, unguided = jax.random.normal(key, (2, 5, 4, 4, 1))
+    np.testing.assert_allclose(combine(guided, unguided, 1.0), guided, rtol=1e-12)
+    # No example sees another, and zeros are no trouble.
+    np.testing.assert_allclose(combine(guided, unguided, 3.0)[2:4], combine(guided[2:4], unguided[2:4], 3.0), rtol=1e-12)
+    assert jnp.isfinite(combine(jnp.zeros_like(guided), jnp.zeros_like(guided), 3.0)).all()
+
+
+def test_combinations_are_their_formulas(key, x64):
+    guided, unguided = jax.random.normal(key, (2, 5, 7))
+    dot = lambda a, b: (a * b).sum(1, keepdims=True)
+    # The scaled unguided value is the projection of the guided one, so what is left is orthogonal to it.
+    left = guidance.zero_star(guided, unguided, 3.0) - 3 * guided
+    np.testing.assert_allclose(dot(guided + left / 2, unguided), 0, atol=1e-12)
+    change = guidance.projected()(guided, unguided, 3.0) - guided
+    np.testing.assert_allclose(dot(change, guided), 0, atol=1e-12)
+    np.testing.assert_allclose(guidance.projected(1.0)(guided, unguided, 3.0), guidance.extrapolate(guided, unguided, 3.0), rtol=1e-10)
+    change = guidance.projected(1.0, 0.25)(guided, unguided, 3.0) - guided
+    np.testing.assert_allclose(jnp.linalg.norm(change, axis=1), 2 * 0.25, rtol=1e-10)
+    np.testing.assert_allclose(guidance.rescaled(1.0)(guided, unguided, 3.0).std(1), guided.std(1), rtol=1e-10)
+    np.testing.assert_allclose(guidance.rescaled(0.0)(guided, unguided, 3.0), guidance.extrapolate(guided, unguided, 3.0), rtol=1e-10)
+
+
+def test_guidance_outside_its_interval_is_not_evaluated(key):
+    """Ten steps of Euler, four of them inside: 4 x 12 and 6 x 6 examples through the network."""
+    seen, inner = [], conditional(marginals.velocity, paths.Linear())
+    x, y = jax.random.normal(key, (6, 2)), jnp.array([0, 1, 2, 0, 1, 2])
+
+    def field_y(x, t, y):
+        jax.debug.callback(lambda: seen.append(len(x)))
+        return inner(x, t, y)
+
+    plain = lambda x, t: field_y(x, t, y)
+    guided = guidance.classifier_free(field_y, y, NULL, 3.0)
+    field = guidance.interval(guided, plain, 0.25, 0.65)
+    x_1, _ = jax.jit(lambda x: sampling.sample_ode(field, x, jnp.linspace(0, 1, 11), step=sampling.euler))(x)
+    x_1.block_until_ready()
+    jax.effects_barrier()
+    assert sorted(seen) == [6] * 6 + [12] * 4
+    for t in (0.1, 0.9):
+        np.testing.assert_allclose(field(x, t), plain(x, t), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(field(x, 0.5), guided(x, 0.5), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"t has shape \(6,\), but guidance in an interval takes one time"):
+        field(x, jnp.full(6, 0.5))
+    with pytest.raises(ValueError, match=r"The interval from 0.6 to 0.5 is empty"):
+        guidance.interval(guided, plain, 0.6, 0.5)
+
+
+def test_autoguidance_is_its_formula(key):
+    x = jax.random.normal(key, (4, 2))
+    calls = []
+    weak = lambda x, t: calls.append(1) or -2 * x
+    np.testing.assert_allclose(guidance.autoguidance(lambda x, t: x, weak, 3.0)(x, 0.5), 3 * x + 4 * x, rtol=1e-6)
+    assert calls == [1]
+    np.testing.assert_array_equal(guidance.autoguidance(lambda x, t: x, weak, 1.0)(x, 0.5), x)
+    assert calls == [1]
+
+
+@each_path
+@pytest.mark.parametrize("measured", ["part", "mean", "noisy"])
+def test_inverse_problems_of_gaussian_data_are_solved_exactly(path, measured, key, x64):
+    """Data N(0, I): the guided velocity is that of the posterior, whose samples have its mean and covariance."""
+    matrix = {"part": jnp.eye(2, 3), "mean": jnp.ones((1, 3)) / 3, "noisy": jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])}[measured]
+    noise = 0.5 if measured == "noisy" else 0.0
+    n, y = 4_000, jnp.array([0.8, -0.3])[: len(matrix)]
+    field = marginals.velocity(path, marginals.GaussianMixture(jnp.ones(1), jnp.zeros((1, 3)), jnp.ones(1)))
+    guided = guidance.linear_inverse(path, field, lambda x: matrix @ x, jnp.broadcast_to(y, (n, len(y))), noise=noise)
+    # The posterior of x_1, and of x_t from it.
+    gain = matrix.T @ jnp.linalg.inv(matrix @ matrix.T + noise**2 * jnp.eye(len(y)))
+    mean, covariance = gain @ y, jnp.eye(3) - gain @ matrix
+    x, t = jax.random.normal(key, (n, 3)), 0.6
+    alpha, beta = path.alpha(t), path.beta(t)
+    spread = jnp.linalg.inv(alpha**2 * covariance + beta**2 * jnp.eye(3))
+    expected_data = mean[None] + alpha * (x - alpha * mean[None]) @ (covariance @ spread).T
+    expected_noise = beta * (x - alpha * mean[None]) @ spread.T
+    a, b = targets.velocity(path, t)
+    np.testing.assert_allclose(guided(x, t), a * expected_data + b * expected_noise, rtol=1e-6, atol=1e-6)
+    grid = jnp.linspace(1e-3, 1, 101)
+    x_1 = jax.jit(lambda x: sampling.sample_ode(guided, x, grid, step=sampling.midpoint)[0])(x)
+    if not noise:
+        np.testing.assert_allclose(x_1 @ matrix.T, jnp.broadcast_to(y, (n, len(y))), atol=0.02)
+    np.testing.assert_array_less(np.abs(x_1.mean(0) - mean), 4 * np.sqrt(np.diag(covariance) / n) + 0.01)
+    np.testing.assert_allclose(np.cov(x_1.T), covariance, atol=0.1)
+
+
+def test_a_measurement_of_another_shape_is_named(key):
+    x = jax.random.normal(key, (4, 2))
+    field = guidance.linear_inverse(paths.Linear(), lambda x, t: -x, lambda x: x[:1], jnp.zeros((4, 2)))
+    with pytest.raises(ValueError, match=r"y has shape \(4, 2\), but the operator gives \(4, 1\)"):
+        field(x, 0.5)
+
+
+def test_bad_weights_are_named(key):
+    with pytest.raises(ValueError, match="There are 1 conditions and 2 scales"):
+        guidance.weighted(lambda x, t, y: x, [jnp.zeros(4, int)], NULL, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"The guidance scale is nan"):
+        guidance.weighted(lambda x, t, y: x, [jnp.zeros(4, int)], NULL, [jnp.nan])

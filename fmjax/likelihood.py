@@ -1,0 +1,222 @@
+"""Likelihood: log p(x) under a flow, by the change of variables along its trajectories.
+
+    d/dt log p_t(X_t) = -div u_t(X_t),   log p_1(X_1) = log p_0(X_0) - int_0^1 div u_t(X_t) dt        (1)
+
+The divergence is a trace, exact or estimated with probes e of mean 0 and covariance I,
+
+    div u = tr J,   J = du/dx                                 `exact`, a product with J for every dimension  (2)
+          = E e^T J e                                         `hutchinson`, a product for every probe        (3)
+          = tr Q^T J Q + E e^T (I - Q Q^T) J (I - Q Q^T) e    `hutch_plus_plus`, Q spanning J sketch         (4)
+
+A divergence is a function `(field, x, t) -> (u, div u)`, so write your own where a network knows it. Probes are arguments, drawn
+once by the caller, so that a trajectory has one integrand from end to end and a solver keeps its order.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fmjax import paths, sampling
+
+
+class Density(NamedTuple):
+    """What a flow says of points."""
+
+    log_p: jax.Array
+    """log p_1(x_1) in nats, (B,); the mean over the probes where there are any."""
+    standard_error: jax.Array
+    """Of log_p over the probes, (B,): 0 without probes, NaN from one probe, which cannot tell."""
+    x: jax.Array
+    """The other end of each trajectory, (B, ...)."""
+
+
+def exact(field, x, t, *, block=16):
+    """The field and its divergence, the trace of each example's Jacobian    (2).
+
+    Args:
+      field: (x, t) -> like x, in which no example depends on another.
+      x: states, (B, ...).
+      t: a time.
+      block: dimensions whose products are computed at once, which bounds the memory.
+    Returns:
+      u, like x, and div u, (B,).
+    """
+    u, push = jax.linearize(lambda x: field(x, t), x)
+    dimensions = x[0].size
+    basis = jnp.eye(dimensions, dtype=x.dtype).reshape(dimensions, *x.shape[1:])
+    entries = lax.map(lambda e: _dot(e[None], push(jnp.broadcast_to(e, x.shape))), basis, batch_size=min(block, dimensions))
+    return u, entries.sum(0)
+
+
+def hutchinson(probes):
+    """Hutchinson's estimate of the divergence    (3) (Hutchinson 1989; Grathwohl et al. 2019).
+
+    Args:
+      probes: (B, k, ...), k for each example, of mean 0 and covariance I; `jax.random.rademacher(key, (B, k, ...), float)`
+        scatters less than normal ones.
+    Returns:
+      A divergence, (field, x, t) -> u, like x, and e^T J e of each probe, (B, k).
+    """
+
+    def divergence(field, x, t):
+        each = _probes("probes", probes, x)
+        u, push = jax.linearize(lambda x: field(x, t), x)
+        return u, jax.vmap(lambda e: _dot(e, push(e)), 1, 1)(each)
+
+    return divergence
+
+
+def hutch_plus_plus(sketch, probes):
+    """Hutch++: exact on the span of J sketch, Hutchinson's on the rest    (4) (Meyer, Musco, Musco and Woodruff 2021).
+
+    Args:
+      sketch: (B, m, ...), probes that find where J is large; at most as many as x has dimensions.
+      probes: (B, k, ...), as for `hutchinson`.
+    Returns:
+      A divergence, (field, x, t) -> u, like x, and the estimate of each probe, (B, k), by 2 m + k products with J.
+    Raises:
+      ValueError: if m is above the number of dimensions.
+    """
+
+    def divergence(field, x, t):
+        seen, each = _probes("sketch", sketch, x), _probes("probes", probes, x)
+        if seen.shape[1] > x[0].size:
+            raise ValueError(
+                f"sketch has {seen.shape[1]} probes an example, but x of shape {x.shape} has only {x[0].size} dimensions: use `exact`."
+            )
+        u, push = jax.linearize(lambda x: field(x, t), x)
+
+        def times_j(vectors):
+            """(B, m, D) to J times each."""
+            pushed = jax.vmap(push, 1, 1)(vectors.reshape(*vectors.shape[:2], *x.shape[1:]))
+            return pushed.reshape(vectors.shape)
+
+        flat = (len(x), -1, x[0].size)
+        q = jnp.linalg.qr(times_j(seen.reshape(flat)).swapaxes(1, 2))[0].swapaxes(1, 2)
+        known = jnp.einsum("bmd,bmd->b", q, times_j(q))
+        rest = each.reshape(flat)
+        rest = rest - jnp.einsum("bkd,bmd,bme->bke", rest, q, q)
+        return u, known[:, None] + jnp.einsum("bkd,bkd->bk", rest, times_j(rest))
+
+    return divergence
+
+
+def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=sampling.rk4):
+    """log p_1 of data under the flow of a field that starts from p_0    (1).
+
+    Args:
+      field: (x, t) -> like x, a velocity in which no example depends on another.
+      log_density_0: x_0 -> (B,), of the noise; see `normal`.
+      x_1: data, (B, ...), any float dtype.
+      times: an increasing grid, (n + 1,), as for `sampling.sample_ode`; it is followed from its end to its start.
+      divergence: `exact`, `hutchinson(probes)`, `hutch_plus_plus(sketch, probes)` or yours.
+      step: one step, as for `sampling.sample_ode`.
+    Returns:
+      A `Density`, whose x is x_0, the noise that the data come from.
+    Raises:
+      TypeError: if x_1 is not of floats.
+      ValueError: if the grid does not increase, or probes do not have x's shape.
+    """
+    backwards, times = sampling.reverse(field, times)
+
+    def rate(backwards, x, t):
+        u, trace = divergence(backwards, x, t)
+        return u, -trace
+
+    x_0, integral = _integrate(backwards, rate, x_1, times, step)
+    return _density(log_density_0(x_0), integral, x_0)
+
+
+def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.rk4):
+    """`sampling.sample_ode` that knows the density of what it samples    (1).
+
+    Args:
+      field: (x, t) -> like x, a velocity in which no example depends on another.
+      log_density_0: x_0 -> (B,), of the noise; see `normal`.
+      x_0: where to start, (B, ...), any float dtype.
+      times: an increasing grid, (n + 1,).
+      divergence: `exact`, `hutchinson(probes)`, `hutch_plus_plus(sketch, probes)` or yours.
+      step: one step, as for `sampling.sample_ode`.
+    Returns:
+      A `Density`, whose x is x_1.
+    Raises:
+      TypeError: if x_0 is not of floats.
+      ValueError: if the grid does not increase, or probes do not have x's shape.
+    """
+    x_1, integral = _integrate(field, divergence, x_0, times, step)
+    return _density(log_density_0(x_0), integral, x_1)
+
+
+def normal(x):
+    """The standard normal log density of each example, (B,)."""
+    return -(x**2 + jnp.log(2 * jnp.pi)).reshape(len(x), -1).sum(-1) / 2
+
+
+def dequantize(key, x, width):
+    """Data of discrete levels spread over their cells, x + width (U - 1/2)    (Theis, van den Oord and Bethge 2016).
+
+    Args:
+      key: a typed key.
+      x: data, (B, ...).
+      width: between two levels: 2 / 255 where 0 to 255 became -1 to 1.
+    Returns:
+      Data, like x.
+    """
+    return x + width * (jax.random.uniform(key, x.shape, x.dtype) - 0.5)
+
+
+def bits_per_dimension(log_p, shape, width):
+    """Bits a dimension of discrete data, from the log density of data that were dequantized.
+
+    -log p / (D log 2) - log_2 width, in expectation at least the bits of the levels themselves    (Theis et al. 2016)
+
+    Args:
+      log_p: in nats, any shape.
+      shape: of one example, whose product is D.
+      width: between two levels.
+    Returns:
+      Bits, like log_p.
+    """
+    return -log_p / (math.prod(shape) * jnp.log(2)) - jnp.log2(width)
+
+
+def _integrate(field, divergence, x, times, step):
+    """The end of the trajectories, and the integral of the divergence along them: one state with a column more, or k."""
+    x = paths.check_float("x", x)
+    shape = x.shape
+    columns = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, jnp.asarray(times)[0]).shape[1:]
+    count = math.prod(columns)
+
+    def both(z, t):
+        u, trace = divergence(field, z[:, : z.shape[1] - count].reshape(shape), t)
+        paths.check_like("The field's output", u, z[:, : z.shape[1] - count].reshape(shape))
+        return jnp.concatenate([u.reshape(len(z), -1), trace.reshape(len(z), -1)], axis=1)
+
+    z = jnp.concatenate([x.reshape(len(x), -1), jnp.zeros((len(x), count), x.dtype)], axis=1)
+    z, _ = sampling.sample_ode(both, z, times, step=step)
+    return z[:, : z.shape[1] - count].reshape(shape), z[:, z.shape[1] - count :].reshape(len(x), *columns)
+
+
+def _density(log_p_0, integral, x):
+    """The mean over the columns, if there are any."""
+    if integral.ndim == 1:
+        return Density(log_p_0 - integral, jnp.zeros_like(integral), x)
+    count = integral.shape[1]
+    error = jnp.std(integral, axis=1, ddof=1) / jnp.sqrt(count) if count > 1 else jnp.full(len(x), jnp.nan, integral.dtype)
+    return Density(log_p_0 - integral.mean(1), error, x)
+
+
+def _probes(name, probes, x):
+    """Probes in x's dtype, checked."""
+    if probes.ndim != x.ndim + 1 or (probes.shape[0], *probes.shape[2:]) != x.shape:
+        wanted = ", ".join(map(str, (x.shape[0], "k", *x.shape[1:])))
+        raise ValueError(f"{name} has shape {probes.shape}, but for x of shape {x.shape} it must be ({wanted}): k probes an example.")
+    return jnp.asarray(probes, x.dtype)
+
+
+def _dot(a, b):
+    """Of each example, (B,)."""
+    return (a * b).reshape(len(b), -1).sum(-1)

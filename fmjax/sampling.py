@@ -6,13 +6,14 @@
     dX = sigma_t^2 / 2 grad log p(X) dt + sigma_t dW              Langevin dynamics               (4)
 
 A step for (1) is a function `(field, x, t, dt) -> x`; a step for (2) is `(drift, sigma, key, x, t, dt) -> x`, which
-draws by `noise(key, x.shape)`. Grids are arguments of the compiled program and its size does not depend on their length. The
-functions are not compiled by themselves: wrap the caller in `jax.jit`, as in
+draws by `noise(key, x.shape)`. Steps that know the path take the velocity in the drift's place and make (3) themselves;
+a step that remembers the last ones is a `Multistep`: see `fmjax.solvers`. Grids are arguments of the compiled program and
+its size does not depend on their length. The functions are not compiled by themselves: wrap the caller in `jax.jit`, as in
 `jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,15 @@ from jax import lax
 from jax.core import Tracer
 
 from fmjax import paths, targets
+
+
+class Multistep(NamedTuple):
+    """A step that remembers: what it needs of the past is carried through the scan."""
+
+    init: Callable[..., Any]
+    """(x, times) -> memory, any pytree of arrays."""
+    step: Callable[..., Any]
+    """(field, memory, x, t, dt) -> (x, memory); in `sample_sde` (drift, sigma, key, memory, x, t, dt) -> (x, memory)."""
 
 
 def euler(field, x, t, dt):
@@ -41,6 +51,13 @@ def midpoint(field, x, t, dt):
     return x + dt * field(x + dt / 2 * k_1, t + dt / 2)
 
 
+def ralston(field, x, t, dt):
+    """The step of order 2 with the least bound on its error: two evaluations, none at t + dt    (Ralston 1962)."""
+    k_1 = field(x, t)
+    k_2 = field(x + 2 * dt / 3 * k_1, t + 2 * dt / 3)
+    return x + dt / 4 * (k_1 + 3 * k_2)
+
+
 def rk4(field, x, t, dt):
     """The classical Runge-Kutta step: order 4, four evaluations    (Kutta 1901)."""
     k_1 = field(x, t)
@@ -56,6 +73,22 @@ def euler_maruyama(drift, sigma, key, x, t, dt):
     Weak order 1; strong order 1 too, since sigma_t does not depend on X.
     """
     return x + dt * drift(x, t) + jnp.sqrt(dt) * sigma(t) * noise(key, x.shape, x.dtype)
+
+
+def stochastic_heun(drift, sigma, key, x, t, dt):
+    """The trapezium rule for drift and noise alike, with an Euler-Maruyama predictor    (Kloeden and Platen 1992, section 15.1).
+
+    Weak order 2, two evaluations, the second at t + dt: on a path the drift must be finite there, so let `last` be another.
+    """
+    xi = jnp.sqrt(dt) * noise(key, x.shape, x.dtype)
+    k_1 = drift(x, t)
+    k_2 = drift(x + dt * k_1 + sigma(t) * xi, t + dt)
+    return x + dt / 2 * (k_1 + k_2) + (sigma(t) + sigma(t + dt)) / 2 * xi
+
+
+def mean(drift, sigma, key, x, t, dt):
+    """Euler and Maruyama's step without its noise, as a last step    ("Mean" of SiT, Ma et al. 2024)."""
+    return x + dt * drift(x, t)
 
 
 def _check_key(key, n):
@@ -115,25 +148,38 @@ def _like_state(field):
     return checked
 
 
-def _follow(advance, x_0, times, save):
-    """Scans advance(index, x, t, dt) over the grid, in float32 or wider."""
+def _follow(advance, memory, x_0, times, save, every):
+    """Scans advance(index, memory, x, t, dt) over the grid, in float32 or wider."""
     x_0 = paths.check_float("x_0", x_0)
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
     times = _check_times(times, dtype)
+    steps = len(times) - 1
+    if not 1 <= every <= steps or steps % every:
+        raise ValueError(
+            f"every is {every}, but a grid of {steps} steps can save the states after every k-th only where k divides {steps}."
+        )
 
-    def body(x, interval):
-        index, t, dt = interval
-        x = advance(index, x, t, dt)
-        return x, None if save is None else save(x, t + dt)
+    def body(carry, interval):
+        (memory, x), (index, t, dt) = carry, interval
+        memory, x = advance(index, memory, x, t, dt)
+        return (memory, x), None if save is None or every > 1 else save(x, t + dt)
+
+    def several(carry, intervals):
+        (memory, x), _ = lax.scan(body, carry, intervals)
+        return (memory, x), save(x, intervals[1][-1] + intervals[2][-1])
 
     x = x_0.astype(dtype)
-    x_1, saved = lax.scan(body, x, (jnp.arange(len(times) - 1), times[:-1], jnp.diff(times)))
+    intervals = jnp.arange(steps), times[:-1], jnp.diff(times)
+    if save is None or every == 1:
+        (_, x_1), saved = lax.scan(body, (memory(x, times), x), intervals)
+    else:
+        (_, x_1), saved = lax.scan(several, (memory(x, times), x), jax.tree.map(lambda a: a.reshape(-1, every), intervals))
     if save is not None:
         saved = jax.tree.map(lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest]), save(x, times[0]), saved)
     return x_1.astype(x_0.dtype), saved
 
 
-def sample_ode(field, x_0, times, *, step=heun, save=None):
+def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun, save=None, every=1):
     """Follows a field along a grid: the flow (1) from noise to data.
 
     X_{i+1} = step(field, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Flow Model", which stops a step short)
@@ -142,19 +188,23 @@ def sample_ode(field, x_0, times, *, step=heun, save=None):
       field: (x, t) -> like x; t is a scalar here.
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
-      step: one step, `(field, x, t, dt) -> x`: `euler`, `heun`, `midpoint`, `rk4`, or yours.
+      step: one step, `(field, x, t, dt) -> x`: `euler`, `heun`, `midpoint`, `rk4`, or yours; or a `Multistep`.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
+      every: keep only every so many states, a divisor of n.
     Returns:
-      x_1, like x_0, and what was saved, with a leading axis of n + 1 from x_0 to x_1 (None without `save`).
+      x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`).
     Raises:
       TypeError: if x_0 is not of floats.
-      ValueError: if the grid does not increase, or the field's output has another shape than x.
+      ValueError: if the grid does not increase, the field's output has another shape than x, a multistep method needs more
+        steps than there are, or `every` does not divide their number.
     """
     field = _like_state(field)
-    return _follow(lambda index, x, t, dt: step(field, x, t, dt), x_0, times, save)
+    if isinstance(step, Multistep):
+        return _follow(lambda index, memory, x, t, dt: step.step(field, memory, x, t, dt)[::-1], step.init, x_0, times, save, every)
+    return _follow(lambda index, memory, x, t, dt: (None, step(field, x, t, dt)), _nothing, x_0, times, save, every)
 
 
-def sample_sde(drift, sigma, key, x_0, times, *, step=euler_maruyama, save=None):
+def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Multistep = euler_maruyama, last=None, save=None, every=1):
     """Follows a stochastic differential equation (2) along a grid.
 
     X_{i+1} = step(drift, sigma, key_i, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Diffusion Model")
@@ -162,28 +212,62 @@ def sample_sde(drift, sigma, key, x_0, times, *, step=euler_maruyama, save=None)
     Example i's noise depends on the key, on i and on the number of the step, not on the size of the batch (see `noise`).
 
     Args:
-      drift: (x, t) -> like x; t is a scalar here.
+      drift: (x, t) -> like x; t is a scalar here. A step that knows the path (`ancestral`, `churn`) takes the velocity.
       sigma: the diffusion coefficient, a number or a function of t; at least 0.
       key: a typed key; or one an example, (B,), of which example i then depends on the i-th alone.
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
-      step: one step, `(drift, sigma, key, x, t, dt) -> x`: `euler_maruyama`, or yours.
+      step: one step, `(drift, sigma, key, x, t, dt) -> x`: `euler_maruyama`, or yours; or a `Multistep`.
+      last: the last step where it is another one, as `step`: `mean`, `tweedie(path, velocity_field)`, or yours.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
+      every: keep only every so many states, a divisor of the number of steps without the last one.
     Returns:
-      x_1, like x_0, and what was saved, with a leading axis of n + 1 from x_0 to x_1 (None without `save`).
+      x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`).
     Raises:
       TypeError: if x_0 is not of floats, or the key is not typed.
-      ValueError: if the grid does not increase, the keys are neither one nor one an example, or the drift's output has
-        another shape than x.
+      ValueError: if the grid does not increase, the keys are neither one nor one an example, the drift's output has
+        another shape than x, a multistep method needs more steps than there are, or `every` does not divide their number.
     """
     drift, sigma = _like_state(drift), _coefficient(sigma)
     _check_key(key, len(x_0))
     fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
 
-    def advance(index, x, t, dt):
-        return step(drift, sigma, fold_in(key, index), x, t, dt)
+    def advance(index, memory, x, t, dt):
+        key_step = fold_in(key, index)
+        if isinstance(step, Multistep):
+            return step.step(drift, sigma, key_step, memory, x, t, dt)[::-1]
+        return None, step(drift, sigma, key_step, x, t, dt)
 
-    return _follow(advance, x_0, times, save)
+    memory = step.init if isinstance(step, Multistep) else _nothing
+    if last is None:
+        return _follow(advance, memory, x_0, times, save, every)
+    if len(times) < 3:
+        raise ValueError("times has one step, but there is another last step: take two steps at least, or leave `last` out.")
+    x, saved = _follow(advance, memory, x_0, times[:-1], save, every)
+    key_last = fold_in(key, len(times) - 2)
+    x_1, ends = _follow(lambda *step: (None, last(drift, sigma, key_last, *step[2:])), _nothing, x, times[-2:], save, 1)
+    if save is not None:
+        saved = jax.tree.map(lambda some, end: jnp.concatenate([some, end[1:]]), saved, ends)
+    return x_1, saved
+
+
+def _nothing(x, times):
+    """The memory of a step that remembers nothing."""
+
+
+def reverse(field, times):
+    """The field and the grid of the way back, from data to noise, for `sample_ode`.
+
+    X_t follows u_t(x) forwards in t where X_s, s = t_0 + t_n - t, follows -u_t(x) forwards in s.
+
+    Args:
+      field: (x, t) -> like x.
+      times: an increasing grid, (n + 1,).
+    Returns:
+      A field and an increasing grid from t_0 to t_n, whose steps are those of `times` in the other order.
+    """
+    both = times[0] + times[-1]
+    return lambda x, s: -field(x, both - s), both - times[::-1]
 
 
 def _coefficient(sigma: Any) -> Callable[[Any], Any]:

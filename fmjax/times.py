@@ -6,6 +6,10 @@ Sampling follows a field along a grid, an increasing array of times that starts 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from fmjax import paths
 
 
 def uniform(key, n):
@@ -82,3 +86,138 @@ def shift(t, factor):
       Times, like t, with 0 and 1 in their places.
     """
     return t / (t + factor * (1 - t))
+
+
+def resolution_factor(size, base):
+    """The factor of `shift` for images of another size than the one that times were chosen for    (Esser et al. 2024, eq. 23).
+
+    Args:
+      size: numbers in an image, such as 512 * 512.
+      base: numbers in an image of the size that needs no shift.
+    Returns:
+      sqrt(size / base).
+    """
+    return (size / base) ** 0.5
+
+
+def cosine(t):
+    """Moves times towards both ends, (1 - cos(pi t)) / 2: steps shrink towards noise and towards data.
+
+    Args:
+      t: times in [0, 1], any shape.
+    Returns:
+      Times, like t, with 0 and 1 in their places.
+    """
+    return jnp.sin(jnp.pi / 2 * t) ** 2
+
+
+def quadratic(t):
+    """Moves times towards data, 1 - (1 - t)^2: steps shrink towards data    (Song, Meng and Ermon 2021, appendix D.2).
+
+    Args:
+      t: times in [0, 1], any shape.
+    Returns:
+      Times, like t, with 0 and 1 in their places.
+    """
+    return 1 - (1 - t) ** 2
+
+
+def karras(path, steps, smallest=0.002, largest=80.0, rho=7.0):
+    """The grid of EDM in a path's own time: powers of the noise level in equal steps, and data    (Karras et al. 2022, eq. 5).
+
+    beta / alpha = (largest^(1/rho) + i / (n - 1) (smallest^(1/rho) - largest^(1/rho)))^rho,  i < n,  then 0
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      steps: how many steps n, at least 2.
+      smallest: the last noise level but 0.
+      largest: the first noise level; the path must reach it.
+      rho: above 1 makes steps shrink towards data.
+    Returns:
+      Times, (steps + 1,); it starts where the noise level is `largest`, so noise there is beta_t N(0, I) to good approximation.
+    Raises:
+      ValueError: if there are fewer than 2 steps, the levels are not 0 < smallest < largest, or the path does not reach them.
+    """
+    if steps < 2 or not 0 < smallest < largest:
+        raise ValueError(
+            f"The grid has at least 2 steps and 0 < smallest < largest, got steps={steps}, smallest={smallest}, largest={largest}."
+        )
+    root = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
+    return _at_levels(path, np.append(root**rho, 0.0))
+
+
+def log_ratio(path, steps, start, end):
+    """The grid in equal steps of log(alpha_t / beta_t), half the log signal-to-noise ratio    (Lu et al. 2022a, section 5).
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      steps: how many steps, at least 1.
+      start: the first time, with alpha_t > 0.
+      end: the last time, with beta_t > 0.
+    Returns:
+      Times, (steps + 1,).
+    Raises:
+      ValueError: if steps is not positive, end is not after start, or the ratio is infinite at one of them.
+    """
+    grid(steps, start, end)
+    first, last = (float(jnp.log(path.alpha(t)) - jnp.log(path.beta(t))) for t in map(jnp.asarray, (float(start), float(end))))
+    if not np.all(np.isfinite([first, last])):
+        raise ValueError(f"log(alpha / beta) is {first:g} at t = {start} and {last:g} at t = {end}: take times between noise and data.")
+    inner = np.exp(-np.linspace(first, last, steps + 1))
+    return _at_levels(path, inner).at[0].set(start).at[-1].set(end)
+
+
+def _at_levels(path, levels):
+    """The times of falling noise levels beta / alpha."""
+    signal = 1 / (1 + np.asarray(levels))
+    first = float(paths.signal_at(path, jnp.asarray(0.0)))
+    if signal[0] < first:
+        raise ValueError(f"The first noise level is {levels[0]:g}, but the path starts at {1 / first - 1:g}: take a smaller one.")
+    return paths.time_at(path, signal)
+
+
+def fitted(error, first, *, iterations=200):
+    """The grid between the same ends that makes an error small, by L-BFGS through the sampler    (as in Sabour et al. 2024, another error).
+
+    For a field of one's own, against a fine solution from the same noise:
+
+        fine, _ = sampling.sample_ode(field, x_0, times.grid(500))
+        error = lambda grid: ((sampling.sample_ode(field, x_0, grid)[0] - fine) ** 2).mean()
+        grid = times.fitted(error, times.grid(8))
+
+    Args:
+      error: a grid to a positive number, differentiable; compiled here.
+      first: the grid to begin with, (n + 1,), increasing.
+      iterations: how many at most.
+    Returns:
+      Times, like `first`, increasing, with an error no larger.
+    Raises:
+      ValueError: if the grid does not increase, or the error of the first is not a positive number.
+    """
+    first = np.asarray(first, np.float64)
+    if first.ndim != 1 or len(first) < 2 or not np.all(np.diff(first) > 0):
+        raise ValueError(f"The grid to begin with must increase, got {first}.")
+    span = first[-1] - first[0]
+
+    def grid_of(logits):
+        inner = first[0] + span * jnp.cumsum(jax.nn.softmax(logits))[:-1]
+        return jnp.concatenate([jnp.asarray(first[:1], inner.dtype), inner, jnp.asarray(first[-1:], inner.dtype)])
+
+    log_error = jax.jit(jax.value_and_grad(lambda logits: jnp.log(error(grid_of(logits)))))
+    seen = []
+
+    def measured(logits):
+        value, gradient = (np.asarray(out, np.float64) for out in log_error(jnp.asarray(logits)))
+        usable = np.isfinite(value) and np.all(np.isfinite(gradient))
+        if usable:
+            seen.append((float(value), logits.copy()))
+        # A grid whose steps have collapsed is only a bad one to the search.
+        return (value, gradient) if usable else (np.inf, np.zeros_like(logits))
+
+    logits = np.log(np.diff(first))
+    if not np.isfinite(measured(logits)[0]):
+        raise ValueError(
+            "The error of the grid to begin with, or its gradient, is not a positive finite number: compare with a finer solution."
+        )
+    scipy.optimize.minimize(measured, logits, jac=True, method="L-BFGS-B", options={"maxiter": iterations})
+    return grid_of(jnp.asarray(min(seen, key=lambda one: one[0])[1]))

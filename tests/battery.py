@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fmjax import marginals, paths, sampling, targets
+from fmjax import diffusion, marginals, paths, sampling, solvers, targets
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +26,33 @@ BOUNDED = [paths.Linear(), paths.Cosine(), paths.Polynomial(2.0), paths.Polynomi
 """Paths whose derivative is finite on [0, 1]."""
 PATHS = [*BOUNDED, paths.VariancePreserving(), paths.SquareRoot(), VarianceExploding()]
 TARGETS = [targets.velocity, targets.score, targets.noise, targets.data, targets.v]
-ORDERS = [(sampling.euler, 1), (sampling.heun, 2), (sampling.midpoint, 2), (sampling.rk4, 4)]
+ORDERS = [(sampling.euler, 1), (sampling.heun, 2), (sampling.midpoint, 2), (sampling.ralston, 2), (sampling.rk4, 4)]
+"""Steps that take any field on any grid, and the order of their error."""
+PATH_ORDERS = {
+    "ddim": (solvers.ddim, 1),
+    **{f"adams_bashforth {k}": (lambda path, k=k: solvers.adams_bashforth(k), k) for k in (1, 2, 3, 4)},
+    **{f"dpm_solver_pp {k}": (lambda path, k=k: solvers.dpm_solver_pp(path, k), k) for k in (1, 2, 3)},
+    **{f"deis {k}": (lambda path, k=k: solvers.deis(path, k), k) for k in (1, 2, 3)},
+    **{f"unipc {k}": (lambda path, k=k: solvers.unipc(path, k), k + 1) for k in (1, 2, 3)},
+}
+"""Makers of steps for a path, which takes the velocity, and their order on grids that shrink towards both ends."""
+NOISY_STEPS = {
+    "euler_maruyama": lambda path: sampling.euler_maruyama,
+    "stochastic_heun": lambda path: sampling.stochastic_heun,
+    "ancestral": solvers.ancestral,
+    "sde_dpm_solver_pp": solvers.sde_dpm_solver_pp,
+    "churn": solvers.churn,
+    # Langevin dynamics in steps are biased by a share that falls with the square of their size.
+    "predictor_corrector": lambda path: solvers.predictor_corrector(path, solvers.churn(path), size=0.08),
+}
+"""Makers of steps with noise; the first two take the drift, the others the velocity."""
+SIGMAS = {
+    "0": lambda path: 0.0,
+    "1": lambda path: 1.0,
+    "by_noise": lambda path: diffusion.by_noise(path, 2.0),
+    "natural": diffusion.natural,
+    "bump": lambda path: diffusion.bump(4.0),
+}
 
 
 def name(member):

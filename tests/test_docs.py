@@ -52,7 +52,9 @@ def test_the_tests_that_the_page_names_exist():
     assert not missing, f"docs/notation.md names tests that are not there: {missing}"
 
 
-@pytest.mark.parametrize("chapter", ["paths", "targets", "marginals", "losses", "sampling", "guidance"])
+@pytest.mark.parametrize(
+    "chapter", ["paths", "targets", "marginals", "losses", "sampling", "solvers", "diffusion", "guidance", "likelihood"]
+)
 def test_the_page_names_every_function(chapter):
     module = importlib.import_module(f"fmjax.{chapter}")
     public = {

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from battery import PATHS, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmjax import paths, times
+from fmjax import marginals, paths, sampling, solvers, times
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,78 @@ def test_shift_multiplies_noise_over_data():
 def test_bad_grids_are_named(arguments):
     with pytest.raises(ValueError, match="A grid has at least one step and ends after it starts"):
         times.grid(*arguments)
+
+
+@pytest.mark.parametrize("warp", [times.cosine, times.quadratic])
+def test_warps_keep_ends_and_order(warp):
+    t = warp(jnp.linspace(0, 1, 101))
+    np.testing.assert_allclose(t[jnp.array([0, -1])], [0, 1], atol=1e-7)
+    assert (jnp.diff(t) > 0).all()
+    # Steps shrink towards data by the square.
+    np.testing.assert_allclose((1 - t[-2]) / (1 - t[-3]), 0.25, rtol=1e-2)
+
+
+def test_cosine_is_symmetric_and_quadratic_is_its_formula():
+    t = jnp.linspace(0, 1, 11)
+    np.testing.assert_allclose(times.cosine(t) + times.cosine(1 - t), 1, atol=1e-6)
+    np.testing.assert_allclose(times.quadratic(t), t * (2 - t), atol=1e-6)
+    assert times.resolution_factor(512**2, 256**2) == 2
+
+
+@pytest.mark.parametrize("path", [*PATHS[:4], paths.VariancePreserving(0.1, 40.0)], ids=name)
+def test_karras_levels(path, x64):
+    """EDM's formula for the noise levels, at the path's own times, and data at the end."""
+    grid, n = times.karras(path, 10), 10
+    assert grid.shape == (11,)
+    assert (jnp.diff(grid) > 0).all()
+    levels = path.beta(grid) / path.alpha(grid)
+    i = np.arange(n)
+    printed = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(levels[:-1], printed, rtol=1e-6)
+    np.testing.assert_allclose(grid[-1], 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_log_ratio_steps_are_equal(path, x64):
+    grid = times.log_ratio(path, 12, 0.05, 0.98)
+    np.testing.assert_array_equal(grid[jnp.array([0, -1])], [0.05, 0.98])
+    steps = jnp.diff(jnp.log(path.alpha(grid) / path.beta(grid)))
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+
+
+def test_a_fitted_grid_errs_less(key):
+    """On a mixture's field, with eight steps of Euler and of a multistep method."""
+    path = paths.Linear()
+    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (256, 2))
+    fine = sampling.sample_ode(field, x_0, times.grid(200), step=sampling.rk4)[0]
+    for step in (sampling.euler, solvers.adams_bashforth(2)):
+        error = lambda grid, step=step: ((sampling.sample_ode(field, x_0, grid, step=step)[0] - fine) ** 2).mean()
+        grid = times.fitted(error, times.grid(8), iterations=50)
+        assert grid.shape == (9,)
+        np.testing.assert_allclose(grid[jnp.array([0, -1])], [0, 1])
+        assert (jnp.diff(grid) > 0).all()
+        assert error(grid) < error(times.grid(8))
+
+
+def test_a_fitted_grid_is_the_best(x64):
+    """Of Euler's method for a velocity of time alone: the left Riemann sum is stationary in every inner time."""
+    x_0, u, slope = jnp.zeros((1, 1)), lambda t: 3 * t**2, lambda t: 6 * t
+    error = lambda grid: (sampling.sample_ode(lambda x, t: u(t) + 0 * x, x_0, grid, step=sampling.euler)[0][0, 0] - 1) ** 2
+    t = times.fitted(error, times.grid(6))
+    np.testing.assert_allclose(slope(t[1:-1]) * jnp.diff(t)[1:], u(t[1:-1]) - u(t[:-2]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: times.karras(paths.Linear(), 1), "The grid has at least 2 steps and 0 < smallest < largest, got steps=1"),
+        (lambda: times.karras(paths.Linear(), 5, 2.0, 1.0), "got steps=5, smallest=2.0, largest=1.0"),
+        (lambda: times.karras(paths.VariancePreserving(), 5, largest=1e6), r"The first noise level is 1e\+06, but the path starts at 1"),
+        (lambda: times.log_ratio(paths.Linear(), 5, 0.0, 1.0), r"log\(alpha / beta\) is -inf at t = 0.0 and inf at t = 1.0"),
+        (lambda: times.fitted(lambda grid: grid.sum(), [0.0, 1.0, 0.5]), "The grid to begin with must increase"),
+        (lambda: times.fitted(lambda grid: 0 * grid.sum(), [0.0, 0.5, 1.0]), "is not a positive finite number"),
+    ],
+)
+def test_bad_grids_of_a_path_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

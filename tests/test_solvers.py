@@ -1,0 +1,319 @@
+"""Solvers: measured orders, polynomials that they must integrate exactly, published formulas, and marginals for any noise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from battery import BOUNDED, NOISY_STEPS, PATH_ORDERS, PATHS, SIGMAS, mixture, name
+
+from fmjax import diffusion, marginals, paths, sampling, solvers, targets, times
+
+STEPS = (64, 128, 256, 512)
+
+
+@pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
+@pytest.mark.parametrize("solver", PATH_ORDERS)
+def test_order(path, solver, key, x64):
+    """The slope of the mean error of a mixture's flow map, on a grid whose steps shrink towards noise and data."""
+    make, order = PATH_ORDERS[solver]
+    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (64, 2))
+    follow = jax.jit(lambda times, step: sampling.sample_ode(field, x_0, times, step=step)[0], static_argnums=1)
+    reference = follow(times.cosine(jnp.linspace(0, 1, 4001)), sampling.rk4)
+    step = make(path)
+    errors = [float(jnp.linalg.norm(follow(times.cosine(jnp.linspace(0, 1, n + 1)), step) - reference, axis=1).mean()) for n in STEPS]
+    slope = np.polyfit(np.log(STEPS[1:]), np.log(errors[1:]), 1)[0]
+    assert abs(-slope - order) < 0.15, (errors, slope)
+
+
+@pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
+def test_order_of_edm_heun(path, key, x64):
+    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (64, 2))
+    follow = jax.jit(lambda times, step: sampling.sample_ode(field, x_0, times, step=step)[0], static_argnums=1)
+    grid = lambda n: times.karras(path, n, smallest=0.02, largest=20.0)
+    x_0 = x_0 * path.beta(grid(2)[0])
+    step, errors = solvers.edm_heun(path), []
+    reference = follow(grid(4000)[:-1], sampling.rk4)
+    for n in STEPS:
+        errors.append(float(jnp.linalg.norm(follow(grid(n)[:-1], step) - reference, axis=1).mean()))
+    slope = np.polyfit(np.log(STEPS[1:]), np.log(errors[1:]), 1)[0]
+    assert abs(-slope - 2) < 0.15, (errors, slope)
+
+
+def counted(calls):
+    def field(x, t):
+        jax.debug.callback(lambda t: calls.append(float(t)), t)
+        return -x * t
+
+    return field
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        *[(PATH_ORDERS[solver][0](paths.Linear()), 8) for solver in PATH_ORDERS if solver != "adams_bashforth 4"],
+        (solvers.adams_bashforth(4), 12),
+        (solvers.edm_heun(paths.Linear()), 15),
+    ],
+    ids=[*[solver for solver in PATH_ORDERS if solver != "adams_bashforth 4"], "adams_bashforth 4", "edm_heun"],
+)
+def test_evaluations(step, expected):
+    calls = []
+    sampling.sample_ode(counted(calls), jnp.ones((1, 2)), jnp.linspace(0.1, 1, 9), step=step)[0].block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) == expected
+    assert max(calls) < 1 or step is None
+
+
+@pytest.mark.parametrize(
+    ("make", "held"),
+    [
+        (lambda path, order: solvers.adams_bashforth(order), "slope"),
+        (solvers.dpm_solver_pp, "data"),
+        (solvers.unipc, "data"),
+        (solvers.deis, "noise"),
+        (functools.partial(solvers.dpm_solver_pp, clock=solvers.log_ratio), "data"),
+    ],
+    ids=["adams_bashforth", "dpm_solver_pp", "unipc", "deis", "dpm_solver_pp log_ratio"],
+)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_polynomials_are_integrated_exactly(make, held, order, request, x64):
+    """Where what a method holds is a polynomial of lower degree in its clock, the only error is that of the first steps."""
+    path = paths.Linear()
+    clock = (lambda t: jnp.log(t / (1 - t))) if "log_ratio" in request.node.name else (lambda t: t)
+    first = clock(jnp.asarray(0.1))
+    value = lambda t: 1.5 + 0.7 * (clock(t) - first) ** (order - 1) if order > 1 else 1.5 + 0 * t
+
+    def field(x, t):
+        if held == "slope":
+            return value(t) + 0 * x
+        return (value(t) - x) / (1 - t) if held == "data" else (x - value(t)) / t
+
+    grid = 0.1 + 0.8 * jnp.linspace(0, 1, 9) ** 1.3
+    x = jnp.array([[0.3, -2.0]])
+    saved = sampling.sample_ode(field, x, grid, step=make(path, order), save=lambda x, t: x)[1]
+    # From a state after the start, the rest is exact: the memory is of exact values, which depend on t alone.
+    begin = order + 1
+    exact = jax.jit(lambda x, times: sampling.sample_ode(field, x, times, step=sampling.rk4)[0])
+    for i in range(begin, 8):
+        fine = grid[i] + (grid[i + 1] - grid[i]) * jnp.linspace(0, 1, 201)
+        np.testing.assert_allclose(saved[i + 1], exact(saved[i], fine), rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_without_memory_they_are_ddim(path, key, x64):
+    """Order 1 of every exponential method, and the ancestral step without noise, hold data and noise; on the linear path so does Euler."""
+    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (5, 2))
+    grid = jnp.linspace(0.05, 0.95, 7)
+    follow = lambda step: sampling.sample_ode(field, x_0, grid, step=step)[0]
+    expected = follow(solvers.ddim(path))
+    for step in (solvers.dpm_solver_pp(path, 1), solvers.deis(path, 1)):
+        np.testing.assert_allclose(follow(step), expected, rtol=1e-8)
+    for step in (solvers.ancestral(path), solvers.churn(path, solvers.ddim(path))):
+        np.testing.assert_allclose(sampling.sample_sde(field, 0.0, key, x_0, grid, step=step)[0], expected, rtol=1e-8)
+    if path == paths.Linear():
+        np.testing.assert_allclose(follow(sampling.euler), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_ddim_is_its_formula(path, key, x64):
+    x, t, s = jax.random.normal(key, (5, 2)), 0.3, 0.45
+    data = marginals.GaussianMixture(jnp.ones(1), jnp.full((1, 2), 0.4), jnp.full(1, 0.8))
+    field = marginals.velocity(path, data)
+    noise = targets.convert(path, field(x, t), x, t, source=targets.velocity, target=targets.noise)
+    printed = path.alpha(s) / path.alpha(t) * x + (path.beta(s) - path.alpha(s) / path.alpha(t) * path.beta(t)) * noise
+    np.testing.assert_allclose(solvers.ddim(path)(field, x, t, s - t), printed, rtol=1e-9)
+
+
+def test_two_steps_of_dpm_solver_pp_against_the_paper(key, x64):
+    """2M as printed replaces h - 1 + exp(-h) by h (1 - exp(-h)) / 2; for small h the steps agree to third order."""
+    path, x = paths.Cosine(), jax.random.normal(key, (5, 2))
+    field = marginals.velocity(path, mixture())
+    data = targets.convert_field(path, field, source=targets.velocity, target=targets.data)
+    ratio = lambda t: jnp.log(path.alpha(t) / path.beta(t))
+    differences = []
+    for h in (0.02, 0.01):
+        grid = 0.4 + h * jnp.arange(4)
+        states = sampling.sample_ode(field, x, grid, step=solvers.dpm_solver_pp(path, 2, clock=solvers.log_ratio), save=lambda x, t: x)[1]
+        t_0, t_1, t_2 = grid[1], grid[2], grid[3]
+        h_0, h_1 = ratio(t_1) - ratio(t_0), ratio(t_2) - ratio(t_1)
+        d_0, d_1 = data(states[1], t_0), data(states[2], t_1)
+        slope = (1 + h_1 / (2 * h_0)) * d_1 - h_1 / (2 * h_0) * d_0
+        printed = path.beta(t_2) / path.beta(t_1) * states[2] - path.alpha(t_2) * jnp.expm1(-h_1) * slope
+        differences.append(float(jnp.abs(printed - states[3]).max()))
+    assert differences[0] < 1e-3
+    assert 7 < differences[0] / differences[1] < 9.5
+
+
+def test_ancestral_is_the_posterior_of_ddpm(key, x64):
+    """q(x_s | x_t, x_1) of the noising chain, Ho et al. 2020, eq. 7, where the data are one point."""
+    path, point = paths.VariancePreserving(), jnp.array([[0.7, -1.1]])
+    t, s, x, n = 0.4, 0.45, jnp.array([[0.2, 0.9]]), 200_000
+    field = lambda x, t: paths.conditional_velocity(path, x, jnp.broadcast_to(point, x.shape), t)
+    drawn = solvers.ancestral(path)(field, diffusion.natural(path), key, jnp.broadcast_to(x, (n, 2)), jnp.asarray(t), jnp.asarray(s - t))
+    # Their letters: a step from t to the less noisy s, abar the squared alphas.
+    abar_t, abar_s = path.alpha(t) ** 2, path.alpha(s) ** 2
+    a, b = abar_t / abar_s, 1 - abar_t / abar_s
+    mean = jnp.sqrt(abar_s) * b / (1 - abar_t) * point + jnp.sqrt(a) * (1 - abar_s) / (1 - abar_t) * x
+    variance = (1 - abar_s) / (1 - abar_t) * b
+    np.testing.assert_array_less(np.abs(drawn.mean(0) - mean[0]), 4 * np.sqrt(variance / n))
+    np.testing.assert_array_less(np.abs(drawn.var(0) / variance - 1), 4 * np.sqrt(2 / n))
+
+
+def test_ancestral_starts_at_noise_and_ends_at_data(key):
+    """At alpha = 0 the natural sigma is infinite, at beta = 0 the score is; the step needs neither."""
+    path = paths.Linear()
+    field = marginals.velocity(path, mixture())
+    for sigma in (diffusion.natural(path), 1.0, 0.0):
+        x, _ = sampling.sample_sde(field, sigma, key, jnp.ones((3, 2)), times.grid(4), step=solvers.ancestral(path))
+        assert jnp.isfinite(x).all()
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("solver", NOISY_STEPS)
+def test_marginals(solver, sigma, key):
+    """Mean and covariance of 40,000 samples within 4 standard errors of the data's, for every step and every sigma."""
+    n, path, data = 40_000, paths.Linear(), mixture()
+    velocity, step, coefficient = marginals.velocity(path, data), NOISY_STEPS[solver](path), SIGMAS[sigma](path)
+    takes_drift = step in (sampling.euler_maruyama, sampling.stochastic_heun)
+    field = sampling.sde_drift(path, velocity, coefficient) if takes_drift else velocity
+    key_0, key_noise = jax.random.split(key)
+    # Drifts are infinite at data, and the natural sigma at noise.
+    start = 1e-3 if sigma == "natural" else 0.0
+    grid = start + (1 - start) * jnp.sin(jnp.linspace(0, jnp.pi / 2, 301))
+    last = sampling.mean if step is sampling.stochastic_heun else None
+    x_0 = jax.random.normal(key_0, (n, 2))
+    x = jax.jit(lambda key, x_0: sampling.sample_sde(field, coefficient, key, x_0, grid, step=step, last=last)[0])(key_noise, x_0)
+    x = np.asarray(x, np.float64)
+    mean = np.asarray(data.weights @ data.means, np.float64)
+    centred = np.asarray(data.means) - mean
+    covariance = np.einsum("k,ki,kj->ij", data.weights, centred, centred) + float(data.weights @ data.scales**2) * np.eye(2)
+    np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4 * np.sqrt(np.diag(covariance) / n))
+    products = (x - mean)[:, :, None] * (x - mean)[:, None, :]
+    np.testing.assert_array_less(np.abs(products.mean(0) - covariance), 4 * products.std(0) / np.sqrt(n))
+
+
+def test_weak_order_of_stochastic_heun(x64, monkeypatch):
+    """Moments of an Ornstein-Uhlenbeck process whose noise changes in time: the map of a step is affine, so they are sums."""
+    rate, sigma = 1.3, lambda t: 1 + 0.5 * t
+    exact_variance = float(jnp.trapezoid((sigma(s := jnp.linspace(0, 1, 200_001))) ** 2 * jnp.exp(-2 * rate * (1 - s)), s))
+
+    def errors(step, n):
+        mean, variance, dt = 1.0, 0.0, 1 / n
+        for t in np.arange(n) * dt:
+            value = {}
+            for draw in (0.0, 1.0):
+                monkeypatch.setattr(sampling, "noise", lambda key, shape, dtype, draw=draw: jnp.full(shape, draw, dtype))
+                value[draw] = step(lambda x, t: -rate * x, sigma, None, jnp.array([0.0, 1.0]), t, dt)
+            kept, added = float(value[0.0][1] - value[0.0][0]), float(value[1.0][0] - value[0.0][0])
+            mean, variance = kept * mean, kept**2 * variance + added**2
+        return abs(mean - np.exp(-rate)), abs(variance - exact_variance)
+
+    for step, order in ((sampling.stochastic_heun, 2), (sampling.euler_maruyama, 1)):
+        for coarse, fine in zip(errors(step, 20), errors(step, 40), strict=True):
+            assert abs(np.log2(coarse / fine) - order) < 0.15
+
+
+def test_choices_of_sigma(x64):
+    """Each by its formula on the linear path, where the notes' b_t is (1 - t) / t."""
+    path, t = paths.Linear(), jnp.linspace(0.05, 0.95, 7)
+    np.testing.assert_allclose(diffusion.natural(path, 0.5)(t) ** 2, (1 - t) / t, rtol=1e-10)
+    np.testing.assert_allclose(diffusion.by_noise(path, 3.0)(t), 3 * (1 - t), rtol=1e-12)
+    np.testing.assert_allclose(diffusion.by_variance(path, 3.0)(t) ** 2, 3 * (1 - t), rtol=1e-12)
+    np.testing.assert_allclose(diffusion.decreasing(2.0)(t) ** 2, 2 * (1 + jnp.cos(jnp.pi * t)) ** 2 / 4, rtol=1e-10)
+    np.testing.assert_allclose(diffusion.bump(2.0)(t) ** 2, 2 * jnp.sin(jnp.pi * t) ** 2, rtol=1e-10)
+
+
+def test_churn_without_noise_is_its_step(key, x64):
+    path = paths.Cosine()
+    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (5, 2))
+    churned = sampling.sample_sde(field, 0.0, key, x_0, times.grid(9), step=solvers.churn(path))[0]
+    np.testing.assert_allclose(churned, sampling.sample_ode(field, x_0, times.grid(9))[0], rtol=1e-6)
+
+
+def test_last_steps(key, x64):
+    path, data = paths.Linear(), mixture()
+    velocity = marginals.velocity(path, data)
+    drift, x_0, grid = sampling.sde_drift(path, velocity, 1.0), jax.random.normal(key, (5, 2)), times.grid(10)
+    sample = lambda last, times=grid: sampling.sample_sde(drift, 1.0, key, x_0, times, last=last, save=lambda x, t: x)
+    before = sampling.sample_sde(drift, 1.0, key, x_0, grid[:-1])[0]
+    plain = sampling.sample_sde(drift, 1.0, key, x_0, grid)[0]
+    for last, expected in (
+        (sampling.euler_maruyama, plain),
+        (sampling.mean, before + (grid[-1] - grid[-2]) * drift(before, grid[-2])),
+        (solvers.tweedie(path, velocity), before + (1 - grid[-2]) * velocity(before, grid[-2])),
+    ):
+        x_1, saved = sample(last)
+        np.testing.assert_allclose(x_1, expected, rtol=1e-12)
+        assert saved.shape == (11, 5, 2)
+        np.testing.assert_array_equal(saved[-1], x_1)
+        np.testing.assert_array_equal(saved[-2], before)
+    with pytest.raises(ValueError, match="times has one step, but there is another last step"):
+        sample(sampling.mean, grid[:2])
+
+
+@pytest.mark.parametrize("path", BOUNDED, ids=name)
+def test_the_way_back(path, key, x64):
+    """Data to noise and noise to data undo each other, within the error of the steps."""
+    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (16, 2))
+    grid = times.grid(400)
+    x_1 = sampling.sample_ode(field, x_0, grid, step=sampling.rk4)[0]
+    back, grid_back = sampling.reverse(field, grid)
+    np.testing.assert_allclose(sampling.sample_ode(back, x_1, grid_back, step=sampling.rk4)[0], x_0, atol=1e-6)
+
+
+def test_steps_agree_in_any_batch_and_under_jit_traces(key):
+    """Memory is carried in the scan: one trace, and no example in another's memory."""
+    path = paths.Linear()
+    field, x_0 = marginals.velocity(path, mixture()), sampling.noise(key, (8, 2))
+    for step in (solvers.unipc(path, 3), solvers.deis(path, 2), solvers.adams_bashforth(4)):
+        follow = jax.jit(lambda x, step=step: sampling.sample_ode(field, x, times.grid(12), step=step)[0])
+        np.testing.assert_allclose(follow(x_0[2:5]), follow(x_0)[2:5], rtol=1e-4, atol=1e-5)
+    step = solvers.sde_dpm_solver_pp(path)
+    follow = jax.jit(lambda keys, x: sampling.sample_sde(field, 1.0, keys, x, times.grid(12), step=step)[0])
+    keys = jax.random.split(key, 8)
+    np.testing.assert_allclose(follow(keys[2:5], x_0[2:5]), follow(keys, x_0)[2:5], rtol=1e-4, atol=1e-5)
+    step = solvers.predictor_corrector(path, solvers.churn(path))
+    follow = jax.jit(lambda keys, x: sampling.sample_sde(field, 1.0, keys, x, times.grid(12), step=step)[0])
+    np.testing.assert_allclose(follow(keys[2:5], x_0[2:5]), follow(keys, x_0)[2:5], rtol=1e-3, atol=1e-4)
+
+
+def test_a_multistep_sampler_is_differentiable(key, x64):
+    """Masked weights of the first steps must not turn gradients to NaN."""
+    path = paths.Linear()
+    for step in (solvers.unipc(path, 3), solvers.deis(path, 3), solvers.dpm_solver_pp(path, 2, clock=solvers.log_ratio)):
+
+        def sample(rate, grid, step=step):
+            return sampling.sample_ode(lambda x, t: -rate * t * x, jnp.ones((1, 1)), grid, step=step)[0][0, 0]
+
+        value_and_grad = jax.jit(jax.value_and_grad(sample, (0, 1)))
+        grid = times.grid(20)
+        (up, _), (down, _), (_, (by_rate, by_grid)) = (value_and_grad(rate, grid) for rate in (0.7 + 1e-5, 0.7 - 1e-5, 0.7))
+        np.testing.assert_allclose(by_rate, (up - down) / 2e-5, rtol=1e-6)
+        inner = grid.at[7].add(1e-5), grid.at[7].add(-1e-5)
+        np.testing.assert_allclose(by_grid[7], (value_and_grad(0.7, inner[0])[0] - value_and_grad(0.7, inner[1])[0]) / 2e-5, rtol=1e-5)
+        assert jnp.isfinite(by_grid).all()
+
+
+def test_thinned_trajectories(key):
+    field = lambda x, t: -x * t
+    x_0, grid = jax.random.normal(key, (4, 2)), times.grid(12)
+    for step in (sampling.euler, solvers.adams_bashforth(3)):
+        every = sampling.sample_ode(field, x_0, grid, step=step, save=lambda x, t: (x, t))
+        some = sampling.sample_ode(field, x_0, grid, step=step, save=lambda x, t: (x, t), every=4)
+        jax.tree.map(np.testing.assert_array_equal, some, (every[0], jax.tree.map(lambda a: a[::4], every[1])))
+    with pytest.raises(ValueError, match="every is 5, but a grid of 12 steps"):
+        sampling.sample_ode(field, x_0, grid, save=lambda x, t: x, every=5)
+
+
+def test_too_few_steps_say_so():
+    path, x = paths.Linear(), jnp.zeros((2, 2))
+    field = lambda x, t: -x
+    for step in (solvers.adams_bashforth(3), solvers.unipc(path, 3)):
+        with pytest.raises(ValueError, match="The method has order 3 and needs as many steps, but the grid has 2"):
+            sampling.sample_ode(field, x, times.grid(2), step=step)
+    with pytest.raises(ValueError, match="The method has order 2 and needs as many steps, but the grid has 1"):
+        sampling.sample_sde(field, 1.0, jax.random.key(0), x, times.grid(1), step=solvers.sde_dpm_solver_pp(path))
+    with pytest.raises(ValueError, match="order is 0"):
+        solvers.deis(path, 0)

@@ -8,7 +8,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers bench-networks bench-train bench-parallel tpu-aot env lock clean
+.PHONY: demo test lint bench bench-peers bench-solvers bench-networks bench-train bench-parallel tpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ bench: $(READY)  ## one JSON line a number
 
 bench-peers: .venv.peers/ready  ## the same beside diffrax, torchdiffeq and flow_matching, in an environment of its own
 	.venv.peers/bin/python -m benchmarks.sampling $(ARGS)
+
+bench-solvers: .venv.peers/ready  ## error against evaluations for every solver, beside diffusers' schedulers
+	.venv.peers/bin/python -m benchmarks.solvers $(ARGS)
 
 bench-networks: .venv.peers/ready  ## the networks beside PyTorch's: compile time, memory, forward passes, train steps
 	.venv.peers/bin/python -m benchmarks.networks $(ARGS)

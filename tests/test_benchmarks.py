@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import networks, parallel, rows, sampling, tpu_aot, train_step
+from benchmarks import networks, parallel, rows, sampling, solvers, tpu_aot, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -209,3 +209,19 @@ def test_bytes_on_the_wire():
     assert tpu_aot.on_the_wire("all-gather", 80.0, 8) == 70.0
     assert tpu_aot.on_the_wire("reduce-scatter", 10.0, 8) == 70.0
     assert tpu_aot.on_the_wire("collective-permute", 10.0, 8) == 10.0
+
+
+def test_solvers_err_less_with_more_evaluations(tmp_path, monkeypatch, x64):
+    """Rows of the Gaussian flow on the uniform grid, one fitted grid, and the picture."""
+    monkeypatch.setattr(solvers, "SOLVERS", {name: solvers.SOLVERS[name] for name in ("euler", "heun", "adams_bashforth 4", "unipc 3")})
+    monkeypatch.setattr(solvers, "NAMESAKES", {})
+    monkeypatch.setattr(solvers, "ready", lambda *_: False)
+    config = solvers.Config(evaluations=(5, 20), points=64, fitting_points=16, iterations=3)
+    found = list(solvers.gaussian(config))
+    error = {(row["solver"], row["grid"], row["evaluations"]): row["value"] for row in finished(found)}
+    assert ("adams_bashforth 4", "uniform", 5) not in error
+    for solver in ("euler", "heun", "unipc 3"):
+        assert error[solver, "uniform", 20] < error[solver, "uniform", 5]
+    assert 0.09 < error["euler", "uniform", 5] < 0.12
+    solvers.draw(tmp_path / "solvers.png", found)
+    assert (tmp_path / "solvers.png").stat().st_size > 1000

@@ -94,7 +94,7 @@ def hutch_plus_plus(sketch, probes):
             pushed = jax.vmap(push, 1, 1)(vectors.reshape(*vectors.shape[:2], *x.shape[1:]))
             return pushed.reshape(vectors.shape)
 
-        flat = (len(x), -1, x[0].size)
+        flat = (x.shape[0], -1, math.prod(x.shape[1:]))
         q = jnp.linalg.qr(times_j(seen.reshape(flat)).swapaxes(1, 2))[0].swapaxes(1, 2)
         known = jnp.einsum("bmd,bmd->b", q, times_j(q))
         rest = each.reshape(flat)
@@ -152,7 +152,7 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.
 
 def normal(x):
     """The standard normal log density of each example, (B,)."""
-    return -(x**2 + jnp.log(2 * jnp.pi)).reshape(len(x), -1).sum(-1) / 2
+    return -(x**2 + jnp.log(2 * jnp.pi)).reshape(x.shape[0], -1).sum(-1) / 2
 
 
 def dequantize(key, x, width):
@@ -195,9 +195,9 @@ def _integrate(field, divergence, x, times, step):
         paths.check_like("The field's output", u, z[:, : z.shape[1] - count].reshape(shape))
         return jnp.concatenate([u.reshape(len(z), -1), trace.reshape(len(z), -1)], axis=1)
 
-    z = jnp.concatenate([x.reshape(len(x), -1), jnp.zeros((len(x), count), x.dtype)], axis=1)
+    z = jnp.concatenate([x.reshape(x.shape[0], -1), jnp.zeros((x.shape[0], count), x.dtype)], axis=1)
     z, _ = sampling.sample_ode(both, z, times, step=step)
-    return z[:, : z.shape[1] - count].reshape(shape), z[:, z.shape[1] - count :].reshape(len(x), *columns)
+    return z[:, : z.shape[1] - count].reshape(shape), z[:, z.shape[1] - count :].reshape(x.shape[0], *columns)
 
 
 def _density(log_p_0, integral, x):
@@ -205,7 +205,7 @@ def _density(log_p_0, integral, x):
     if integral.ndim == 1:
         return Density(log_p_0 - integral, jnp.zeros_like(integral), x)
     count = integral.shape[1]
-    error = jnp.std(integral, axis=1, ddof=1) / jnp.sqrt(count) if count > 1 else jnp.full(len(x), jnp.nan, integral.dtype)
+    error = jnp.std(integral, axis=1, ddof=1) / jnp.sqrt(count) if count > 1 else jnp.full(x.shape[0], jnp.nan, integral.dtype)
     return Density(log_p_0 - integral.mean(1), error, x)
 
 

@@ -83,7 +83,7 @@ _BLOCK_NUMBERS = 2**23
 def _posterior(path, distribution, x, t):
     """log p_t(x), E[x_1 | x] and grad log p_t(x): (1), (4) and (3) in one pass over blocks of components."""
     shape = x.shape
-    x, t = x.reshape(len(x), -1), paths.lift(t, x.reshape(len(x), -1))
+    x, t = x.reshape(x.shape[0], -1), paths.lift(t, x.reshape(x.shape[0], -1))
     x = x.astype(t.dtype)
     alpha, beta = (jnp.reshape(value, (-1, 1, 1)) for value in (path.alpha(t), path.beta(t)))
     log_weights, means, scales = _components(distribution)
@@ -113,7 +113,7 @@ def _posterior(path, distribution, x, t):
         score = rescale[:, None] * score - jnp.einsum("bk,bkd->bd", weights, pull)
         return (new_largest, total, data, score), None
 
-    start = (jnp.full(len(x), jnp.finfo(x.dtype).min), jnp.zeros(len(x), x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))
+    start = (jnp.full(x.shape[0], jnp.finfo(x.dtype).min), jnp.zeros(x.shape[0], x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))
     if block < len(means):
         (largest, total, data, score), _ = lax.scan(merge, start, blocks)
     else:

@@ -16,12 +16,16 @@ is drawn for the whole batch and then divided, so results do not depend on the n
 draws for its part alone, as `make_step(accumulate=...)` does for as many parts on one device.
 """
 
+import contextlib
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
@@ -239,6 +243,80 @@ def pmap(step, mesh):
         return mapped(state, key, batch)
 
     return run
+
+
+def sample(function, key, n, *, chunk, mesh=None, progress=True):
+    """Many samples, a chunk that fits the device at a time, in the host's memory.
+
+    Example i depends on the key and on i alone, up to rounding: not on the chunk, nor on the number of devices.
+
+    Args:
+      function: (keys (chunk,), indices (chunk,)) -> any pytree of arrays (chunk, ...); compiled once. Labels may come from the
+        indices: `lambda keys, i: sampler(params, keys, i % 10)`.
+      key: a typed key; example i's is `jax.random.fold_in(key, i)`.
+      n: how many.
+      chunk: how many at a time.
+      mesh: devices to divide a chunk among; by default the one that JAX computes on.
+      progress: whether to show a bar with samples a second and the time left.
+    Returns:
+      The pytree with NumPy arrays (n, ...), on every process.
+    Raises:
+      ValueError: if there is nothing to draw, or the devices do not divide the chunk.
+    """
+    if n < 1 or chunk < 1:
+        raise ValueError(f"There are {n} samples in chunks of {chunk}, but both are at least 1.")
+    sharding = None if mesh is None else batch_sharding(mesh, chunk)
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def draw(first):
+        indices = first + jnp.arange(chunk)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        if sharding is not None:
+            indices, keys = lax.with_sharding_constraint((indices, keys), sharding)
+        return function(keys, indices)
+
+    samples, waiting = None, None
+    starts = range(0, n, chunk)
+    with _sampling_bar(n) if progress and jax.process_index() == 0 else contextlib.nullcontext() as show:
+        for start in (*starts, None):
+            # The device has its next chunk before the host fetches the last one.
+            drawn = None if start is None else (start, draw(start))
+            if waiting is not None:
+                samples = _store(samples, *waiting, n)
+                if show:
+                    show(min(waiting[0] + chunk, n))
+            waiting = drawn
+    return samples
+
+
+def _store(samples, first, values, n):
+    """Puts a chunk's arrays, of which the last may be longer than what is left, into those of all samples."""
+    gather = jax.process_count() > 1
+    parts = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True) if gather else np.asarray(a), values)
+    if samples is None:
+        samples = jax.tree.map(lambda a: np.empty((n, *a.shape[1:]), a.dtype), parts)
+    for whole, part in zip(jax.tree.leaves(samples), jax.tree.leaves(parts), strict=True):
+        whole[first : first + len(part)] = part[: n - first]
+    return samples
+
+
+@contextlib.contextmanager
+def _sampling_bar(n):
+    """A progress bar, and the function `(done) -> None` that moves it."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("sampling"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[rate]:.1f} samples/s"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns) as bar:
+        task = bar.add_task("", total=n, rate=0.0)
+        yield lambda done: bar.update(task, completed=done, rate=done / (bar.tasks[task].elapsed or math.inf))
 
 
 def _first_line(error):

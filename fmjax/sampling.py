@@ -229,7 +229,7 @@ def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Mult
         another shape than x, a multistep method needs more steps than there are, or `every` does not divide their number.
     """
     drift, sigma = _like_state(drift), _coefficient(sigma)
-    _check_key(key, len(x_0))
+    _check_key(key, x_0.shape[0])
     fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
 
     def advance(index, memory, x, t, dt):

@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from fmjax import losses, parallel, paths, sampling, training
+from fmjax import losses, parallel, paths, sampling, times, training
 from fmjax.models import dit, mlp
 
 MODEL = mlp.MLP(width=64, depth=2, classes=4)
@@ -321,3 +321,34 @@ def test_modules_are_held_divided_by_examples():
     # One is the random numbers' own.
     assert plain <= 1
     assert held > 20
+
+
+def test_many_samples_do_not_depend_on_chunks_or_devices(key, capsys):
+    """Ten examples in chunks of 4, of 8 and over eight devices: the same, each from its own key and index."""
+    traces = []
+
+    def draw(keys, index):
+        traces.append(1)
+        x_0 = sampling.noise(keys, (keys.shape[0], 2))
+        return {"x": sampling.sample_sde(lambda x, t: -x, 0.5, keys, x_0, times.grid(3))[0], "index": index}
+
+    by_four = parallel.sample(draw, key, 10, chunk=4, progress=False)
+    assert len(traces) == 1
+    np.testing.assert_array_equal(by_four["index"], np.arange(10))
+    for chunk, mesh in ((8, None), (8, parallel.mesh(8)), (16, parallel.mesh(2))):
+        found = parallel.sample(draw, key, 10, chunk=chunk, mesh=mesh, progress=False)
+        np.testing.assert_array_equal(found["index"], by_four["index"])
+        np.testing.assert_allclose(found["x"], by_four["x"], rtol=1e-5, atol=1e-6)
+    single = draw(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array([7])), jnp.array([7]))
+    np.testing.assert_allclose(single["x"][0], by_four["x"][7], rtol=1e-5, atol=1e-6)
+    parallel.sample(draw, key, 5, chunk=4)
+    shown = capsys.readouterr().out
+    assert "samples/s" in shown
+    assert "5/5" in shown
+
+
+def test_chunks_that_cannot_be_are_named(key):
+    with pytest.raises(ValueError, match="There are 0 samples in chunks of 4"):
+        parallel.sample(lambda keys, i: i, key, 0, chunk=4)
+    with pytest.raises(ValueError, match="The batch of 6 does not divide among 4 devices"):
+        parallel.sample(lambda keys, i: i, key, 10, chunk=6, mesh=parallel.mesh(4))

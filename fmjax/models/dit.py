@@ -42,7 +42,7 @@ class Patches(nn.Module):
         side = (self.patch, self.patch)
         first = self.bottleneck or self.width
         h = nn.Conv(first, side, side, "VALID", use_bias=not self.bottleneck, kernel_init=_xavier_patch, dtype=self.dtype)(x)
-        h = h.reshape(len(x), -1, first)
+        h = h.reshape(x.shape[0], -1, first)
         return layers.Dense(self.width, kernel_init=_xavier, dtype=self.dtype)(h) if self.bottleneck else h
 
 
@@ -54,7 +54,7 @@ class ContextTokens(nn.Module):
     @nn.compact
     def __call__(self, h, c=None):
         tokens = jnp.asarray(self.param("tokens", nn.initializers.normal(0.02), (1, self.count, h.shape[-1])))
-        tokens = jnp.broadcast_to(tokens if c is None else tokens + c[:, None], (len(h), *tokens.shape[1:]))
+        tokens = jnp.broadcast_to(tokens if c is None else tokens + c[:, None], (h.shape[0], *tokens.shape[1:]))
         return jnp.concatenate([tokens.astype(h.dtype), h], axis=1)
 
 

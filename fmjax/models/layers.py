@@ -181,7 +181,7 @@ class GroupNorm(nn.Module):
         bias = jnp.asarray(self.param("bias", nn.initializers.zeros_init(), (channels,))).reshape(1, 1, 1, -1)
 
         def group_means(wide):
-            means = wide.mean((1, 2)).reshape(len(h), self.groups, -1).mean(-1)
+            means = wide.mean((1, 2)).reshape(h.shape[0], self.groups, -1).mean(-1)
             return jnp.repeat(means, channels // self.groups, axis=-1)[:, None, None]
 
         wide = h.astype(jnp.float32)

@@ -22,7 +22,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, y=None):
-        h = x.reshape(len(x), -1)
+        h = x.reshape(x.shape[0], -1)
         features = h.shape[1]
         h = jnp.concatenate([layers.batch_times(t, x)[:, None], h], axis=-1)
         if self.classes is not None:

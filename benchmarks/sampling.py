@@ -51,7 +51,7 @@ from benchmarks.rows import (
     start,
     torch_threads,
 )
-from fmjax import guidance, sampling, times
+from fmjax import guidance, paths, sampling, solvers, times
 from fmjax.models import dit, mlp
 
 SIGMA = 0.5
@@ -80,6 +80,12 @@ class Config:
     """Numbers of images in the measurement of guidance."""
     image_steps: int = 10
     """Steps of a sampler of images."""
+    solver_width: int = 384
+    """Of the transformer of DiT-S/4, in the measurement of what solvers add to it."""
+    solver_depth: int = 12
+    """Of the same."""
+    solver_steps: int = 50
+    """Steps of every solver there."""
     seconds: float = 8.0
     """About how long to measure one comparison; a longer one is less noisy."""
     repeats: int = 11
@@ -105,7 +111,7 @@ def main(config: Config):
 
 def chosen(config):
     """The parts to measure."""
-    parts = [sizes, ode, sde, control, guided_points, guided_images]
+    parts = [sizes, ode, sde, control, guided_points, guided_images, overhead]
     if config.peers:
         parts += [part for part, peers in PEERS.items() if ready(part, peers)]
     if config.only:
@@ -279,6 +285,52 @@ def guided_images(config):
     for batch in config.image_batches:
         x_0 = sampling.noise(jax.random.key(config.seed + 1), (batch, 8, 8, 1))
         yield from guided(config, f"DiT, batch {batch}", model, params, x_0, jnp.arange(batch) % 10, 10, times.grid(config.image_steps))
+
+
+PATH = paths.Linear()
+OVERHEAD = {
+    "heun": (sampling.heun, 2),
+    "adams_bashforth 2": (solvers.adams_bashforth(2), 1),
+    "adams_bashforth 3": (solvers.adams_bashforth(3), 1),
+    "dpm_solver_pp 2": (solvers.dpm_solver_pp(PATH, 2), 1),
+    "dpm_solver_pp 3": (solvers.dpm_solver_pp(PATH, 3), 1),
+    "unipc 2": (solvers.unipc(PATH, 2), 1),
+    "unipc 3": (solvers.unipc(PATH, 3), 1),
+    "deis 3": (solvers.deis(PATH, 3), 1),
+    "ancestral": (solvers.ancestral(PATH), 1),
+    "sde_dpm_solver_pp": (solvers.sde_dpm_solver_pp(PATH), 1),
+    "churn": (solvers.churn(PATH), 2),
+}
+"""Solvers, and their evaluations a step."""
+NOISY = ("ancestral", "sde_dpm_solver_pp", "churn")
+
+
+def overhead(config):
+    """Every solver over as many bare evaluations of a DiT-S/4 for one image of 32 x 32."""
+    model = dit.DiT(patch=4, width=config.solver_width, depth=config.solver_depth, heads=6, scan=True)
+    x_0 = sampling.noise(jax.random.key(config.seed + 1), (1, 32, 32, 4))
+    random = np.random.default_rng(config.seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x_0, 0.5)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32)), shapes)
+    grid, key = times.grid(config.solver_steps), jax.random.key(config.seed)
+
+    def solve(step, noisy, params, x_0, grid):
+        field = lambda x, t: model.apply(params, x, t)
+        return (
+            sampling.sample_sde(field, 1.0, key, x_0, grid, step=step)[0] if noisy else sampling.sample_ode(field, x_0, grid, step=step)[0]
+        )
+
+    def bare(each, params, x_0, grid):
+        """Each evaluation needs the one before, as a solver's do."""
+        ts = jnp.repeat(grid[:-1], each, total_repeat_length=each * config.solver_steps)
+        return lax.scan(lambda x, t: (x + 1e-3 * model.apply(params, x, t), None), x_0, ts)[0]
+
+    for name, (step, each_step) in OVERHEAD.items():
+        functions = [functools.partial(solve, step, name in NOISY), functools.partial(bare, each_step)]
+        against = f"{name}, {config.solver_steps} steps, over its evaluations of DiT-S/4"
+        yield ratio(f"{against}: run time", in_turns(config, each(functions, params, x_0, grid)), 0, 1, most=1.05)
+        compiled, _ = compilations(dataclasses.replace(config, compiles=2), functions, [(params, x_0, grid)] * 2)
+        yield ratio(f"{against}: compile time", compiled, 0, 1)
 
 
 # The public solvers. They are imported by name and only where they are installed.

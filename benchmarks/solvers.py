@@ -22,13 +22,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from benchmarks.rows import describe, finish, ready, row, start
-from fmjax import checkpoints, guidance, marginals, metrics, paths, sampling, solvers, times, training
+from experiments import gallery
+from fmjax import guidance, marginals, metrics, paths, sampling, solvers, times
 from fmjax.data import digits
-from fmjax.models import dit
 
 PATH = paths.Linear()
 SOLVERS = {
@@ -140,15 +139,9 @@ def exact_field(config, name, data):
 
 def of_digits(config):
     """(d), the guided velocity of the network that `make demo` trained, in its own precision."""
-    settings = json.loads((config.digits / "config.json").read_text())
-    patch, width, depth, heads = (settings[name] for name in ("patch", "width", "depth", "heads"))
-    model = dit.DiT(patch, width, depth, heads, digits.CLASSES, dropout=settings["dropout"])
     with jax.enable_x64(False):
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(0.0)))
-        blank = training.init(model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), 0.5, jnp.zeros(1, int)), optimizer)
-        params = checkpoints.restore(config.digits / "checkpoint", blank).ema
         y = jnp.arange(config.images) % digits.CLASSES
-        field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, digits.CLASSES, config.scale)
+        field = guidance.classifier_free(gallery.network(config.digits), y, digits.CLASSES, config.scale)
         x_0 = sampling.noise(jax.random.key(config.seed), (config.images, 8, 8, 1))
         yield from flow(config, "digits", field, x_0, fine(field, 100), None, ())
 

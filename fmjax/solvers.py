@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from fmjax import paths, sampling, targets
 
@@ -196,6 +197,7 @@ def sde_dpm_solver_pp(path, *, clock=_identity):
 
     def init(x, times):
         _check_steps(2, times)
+        _check_domain(times)
         return jnp.zeros((), int), jnp.zeros(1, times.dtype), jnp.zeros((1, *x.shape), x.dtype)
 
     return sampling.Multistep(init, step)
@@ -328,6 +330,8 @@ def _multistep(path, held, order, *, corrected=False, start=None, clock=_identit
 
     def init(x, times):
         _check_steps(order, times)
+        if held is not _SLOPE:
+            _check_domain(times)
         past = jnp.zeros_like(x) if length else None
         return jnp.zeros((), int), past, past, jnp.zeros(length, times.dtype), jnp.zeros((length, *x.shape), x.dtype)
 
@@ -384,6 +388,12 @@ def _renewed(z, slope, c, s, kappa, epsilon):
 def _check_order(order):
     if order < 1:
         raise ValueError(f"order is {order}, but a multistep method uses at least one value.")
+
+
+def _check_domain(times):
+    """Raises where a grid leaves the path, wherever its values are known."""
+    if not isinstance(times, Tracer) and not (times[0] >= 0 and times[-1] <= 1):
+        raise ValueError(f"times go from {times[0]:g} to {times[-1]:g}, but a path goes from 0, noise, to 1, data.")
 
 
 def _check_steps(order, times):

@@ -17,6 +17,9 @@ TINY = sampling.Config(
     guidance_batches=(4,),
     image_batches=(4,),
     image_steps=2,
+    solver_width=12,
+    solver_depth=1,
+    solver_steps=4,
     seconds=0.0,
     repeats=2,
     compiles=1,
@@ -49,6 +52,13 @@ def test_part_runs(part):
     assert any(row["unit"] == "ratio" for row in found)
     assert all(row["value"] == 0 for row in found if row["name"].endswith("results"))
     assert all(row["value"] == 1 for row in found if row["name"].endswith("programs equal"))
+
+
+def test_what_solvers_add_is_measured(monkeypatch):
+    monkeypatch.setattr(sampling, "OVERHEAD", {name: sampling.OVERHEAD[name] for name in ("heun", "unipc 3", "churn")})
+    names = [row["name"] for row in finished(sampling.overhead(TINY))]
+    assert names[0] == "heun, 4 steps, over its evaluations of DiT-S/4: run time"
+    assert len(names) == 6
 
 
 def test_compiled_size_does_not_grow_with_steps():

@@ -93,3 +93,15 @@ def test_links_lead_to_files(document):
 )
 def test_names_are_found_in_code_alone(text, found):
     assert library_names(text) == found
+
+
+def test_the_programs_of_the_page_on_solvers_run():
+    """One after the other, as they stand."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "solvers.md").read_text(), re.DOTALL)
+    assert len(programs) == 2
+    names = {}
+    for program in programs:
+        exec(program, names)
+    assert names["x_1"].shape == (500, 2)
+    assert names["grid"].shape == (5,)
+    assert names["error"](names["grid"]) < names["error"](names["times"].grid(4))

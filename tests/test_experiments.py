@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
 
-from experiments import digits, dynamics, fashion_mnist, latents, toy
+from experiments import digits, dynamics, fashion_mnist, gallery, latents, toy
 from fmjax import paths
 from fmjax.models import unet
 
@@ -85,7 +86,7 @@ def test_dynamics(tmp_path):
         assert abs(report[f"{name}: variance"] - report[f"{name}: in theory"]) < 4 * report[f"{name}: standard error"], name
 
 
-@pytest.mark.parametrize("experiment", [digits, dynamics, fashion_mnist, toy])
+@pytest.mark.parametrize("experiment", [digits, dynamics, fashion_mnist, gallery, toy])
 def test_unknown_flags_are_refused(experiment, capsys):
     with pytest.raises(SystemExit) as exit:
         tyro.cli(experiment.Config, args=["--no-such-flag", "1"])
@@ -128,6 +129,21 @@ def test_digits_samples_again_from_its_checkpoint(tmp_path):
     )
     with pytest.raises(ValueError, match=r"is of another model: .* is float32\[.*there and float32\["):
         digits.main(digits.Config(**small | {"width": 32}, train=False))
+
+
+def test_the_gallery_draws_a_run(tmp_path, monkeypatch, capsys):
+    digits.main(
+        digits.Config(folder=tmp_path, width=16, depth=1, heads=2, steps=2, batch=16, samples=11, sampling_steps=2, guidance=(2.0,))
+    )
+    for table, names in (
+        ("FLOWS", ["unipc 2"]),
+        ("NOISY", ["euler_maruyama", "churn"]),
+        ("GUIDANCE", ["projected", "interval", "weighted"]),
+    ):
+        monkeypatch.setattr(gallery, table, {name: getattr(gallery, table)[name] for name in names})
+    gallery.main(gallery.Config(run=tmp_path, folder=tmp_path / "gallery", columns=2, scales=(2.0,)))
+    assert {file.name for file in (tmp_path / "gallery").iterdir()} == {"solvers.png", "guidance.png"}
+    assert re.search(r"unipc 2 \d\.\d{3}\n", capsys.readouterr().out)
 
 
 def test_digits_without_a_checkpoint_say_so(tmp_path):

@@ -307,6 +307,18 @@ def test_thinned_trajectories(key):
         sampling.sample_ode(field, x_0, grid, save=lambda x, t: x, every=5)
 
 
+def test_a_grid_that_leaves_the_path_is_named():
+    for grid in (jnp.linspace(-0.5, 1, 5), jnp.linspace(0, 1.5, 5)):
+        with pytest.raises(ValueError, match=r"times go from .* but a path goes from 0, noise, to 1, data"):
+            sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), grid, step=solvers.unipc(paths.Cosine(), 2))
+        with pytest.raises(ValueError, match=r"times go from .* but a path goes from 0, noise, to 1, data"):
+            sampling.sample_sde(
+                lambda x, t: -x, 1.0, jax.random.key(0), jnp.zeros((2, 2)), grid, step=solvers.sde_dpm_solver_pp(paths.Linear())
+            )
+    # Any field on any grid is Adams and Bashforth's business.
+    sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), jnp.linspace(0, 5, 9), step=solvers.adams_bashforth(2))
+
+
 def test_too_few_steps_say_so():
     path, x = paths.Linear(), jnp.zeros((2, 2))
     field = lambda x, t: -x

@@ -315,10 +315,10 @@ def overhead(config):
     grid, key = times.grid(config.solver_steps), jax.random.key(config.seed)
 
     def solve(step, noisy, params, x_0, grid):
-        field = lambda x, t: model.apply(params, x, t)
-        return (
-            sampling.sample_sde(field, 1.0, key, x_0, grid, step=step)[0] if noisy else sampling.sample_ode(field, x_0, grid, step=step)[0]
-        )
+        field = functools.partial(model.apply, params)
+        if noisy:
+            return sampling.sample_sde(field, 1.0, key, x_0, grid, step=step)[0]
+        return sampling.sample_ode(field, x_0, grid, step=step)[0]
 
     def bare(each, params, x_0, grid):
         """Each evaluation needs the one before, as a solver's do."""

@@ -132,14 +132,10 @@ def test_digits_samples_again_from_its_checkpoint(tmp_path):
 
 
 def test_the_gallery_draws_a_run(tmp_path, monkeypatch, capsys):
-    digits.main(
-        digits.Config(folder=tmp_path, width=16, depth=1, heads=2, steps=2, batch=16, samples=11, sampling_steps=2, guidance=(2.0,))
-    )
-    for table, names in (
-        ("FLOWS", ["unipc 2"]),
-        ("NOISY", ["euler_maruyama", "churn"]),
-        ("GUIDANCE", ["projected", "interval", "weighted"]),
-    ):
+    small = {"width": 16, "depth": 1, "heads": 2, "steps": 2, "batch": 16, "samples": 11, "sampling_steps": 2}
+    digits.main(digits.Config(folder=tmp_path, guidance=(2.0,), **small))
+    few = {"FLOWS": ["unipc 2"], "NOISY": ["euler_maruyama", "churn"], "GUIDANCE": ["projected", "interval", "weighted"]}
+    for table, names in few.items():
         monkeypatch.setattr(gallery, table, {name: getattr(gallery, table)[name] for name in names})
     gallery.main(gallery.Config(run=tmp_path, folder=tmp_path / "gallery", columns=2, scales=(2.0,)))
     assert {file.name for file in (tmp_path / "gallery").iterdir()} == {"solvers.png", "guidance.png"}

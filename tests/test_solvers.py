@@ -311,10 +311,15 @@ def test_a_grid_that_leaves_the_path_is_named():
     for grid in (jnp.linspace(-0.5, 1, 5), jnp.linspace(0, 1.5, 5)):
         with pytest.raises(ValueError, match=r"times go from .* but a path goes from 0, noise, to 1, data"):
             sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), grid, step=solvers.unipc(paths.Cosine(), 2))
+        step = solvers.sde_dpm_solver_pp(paths.Linear())
         with pytest.raises(ValueError, match=r"times go from .* but a path goes from 0, noise, to 1, data"):
-            sampling.sample_sde(
-                lambda x, t: -x, 1.0, jax.random.key(0), jnp.zeros((2, 2)), grid, step=solvers.sde_dpm_solver_pp(paths.Linear())
-            )
+            sampling.sample_sde(lambda x, t: -x, 1.0, jax.random.key(0), jnp.zeros((2, 2)), grid, step=step)
+    # Inside a compiled function too, where the grid is a constant there; and a good one passes.
+    follow = jax.jit(lambda x, grid=grid: sampling.sample_ode(lambda x, t: -x, x, grid, step=solvers.unipc(paths.Cosine(), 2))[0])
+    with pytest.raises(ValueError, match=r"times go from"):
+        follow(jnp.zeros((2, 2)))
+    follow(jnp.zeros((2, 2)), times.grid(4))
+    jax.jit(lambda x: sampling.sample_ode(lambda x, t: -x, x, times.grid(4), step=solvers.deis(paths.Cosine(), 2))[0])(jnp.zeros((2, 2)))
     # Any field on any grid is Adams and Bashforth's business.
     sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), jnp.linspace(0, 5, 9), step=solvers.adams_bashforth(2))
 

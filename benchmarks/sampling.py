@@ -323,7 +323,7 @@ def overhead(config):
     def bare(each, params, x_0, grid):
         """Each evaluation needs the one before, as a solver's do."""
         ts = jnp.repeat(grid[:-1], each, total_repeat_length=each * config.solver_steps)
-        return lax.scan(lambda x, t: (x + 1e-3 * model.apply(params, x, t), None), x_0, ts)[0]
+        return lax.scan(lambda x, t: (x + 1e-3 * jnp.asarray(model.apply(params, x, t)), None), x_0, ts)[0]
 
     for name, (step, each_step) in OVERHEAD.items():
         functions = [functools.partial(solve, step, name in NOISY), functools.partial(bare, each_step)]

@@ -64,13 +64,14 @@ def main(config: Config):
         grid = times.grid(config.evaluations // each)
         run = functools.partial(sampling.sample_sde, field, sigma, step=step)
         images[name] = jax.jit(lambda key, x_0, run=run, grid=grid: run(key, x_0, grid)[0])(key_noise, x_0)
-    pictures.samples(config.folder / "solvers.png", {f"{config.evaluations} evaluations": jnp.stack([*images.values()])}, images)
+    blocks = {f"{config.evaluations} evaluations": jnp.stack([*images.values()])}
+    pictures.samples(config.folder / "solvers.png", blocks, images, config.columns, height=7.5)
 
     blocks = {
         f"scale {scale:g}": jnp.stack([follow(make(field_y, y, scale), sampling.midpoint, 25)(x_0) for make in GUIDANCE.values()])
         for scale in config.scales
     }
-    pictures.samples(config.folder / "guidance.png", blocks, GUIDANCE)
+    pictures.samples(config.folder / "guidance.png", blocks, GUIDANCE, config.columns)
     for name in images:
         print(name)
     print(f"\nThe pictures are in {config.folder}/: solvers.png, guidance.png")

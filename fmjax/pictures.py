@@ -23,7 +23,7 @@ def loss(file, history, label="loss"):
     figure.savefig(file, dpi=120)
 
 
-def samples(file, blocks, rows, columns=10):
+def samples(file, blocks, rows, columns=10, height=3.9):
     """Draws blocks of images side by side, whose rows are classes.
 
     Args:
@@ -32,10 +32,11 @@ def samples(file, blocks, rows, columns=10):
         colours, in [-1, 1].
       rows: the classes' names.
       columns: images of a class that are drawn.
+      height: of the blocks, in inches.
     """
     shown = {title: _tile(images[:, :columns]) for title, images in blocks.items()}
-    width = 3.9 * next(iter(shown.values())).shape[1] / next(iter(shown.values())).shape[0]
-    figure = _figure(max(width, 1.2) * len(shown) + 0.6, 4.1)
+    width = height * next(iter(shown.values())).shape[1] / next(iter(shown.values())).shape[0]
+    figure = _figure(max(width, 1.2) * len(shown) + 0.6, height + 0.2)
     for i, (title, image) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(1, len(shown), i)
         _show(axes, image)

@@ -9,7 +9,8 @@ solution. An error is the mean of |x - x*| over points and coordinates from the 
 draws of the data. All on the linear path. A solver has at most the evaluations that a row names, each step as many as it takes.
 
 Rows "uniform" follow equal steps; rows "fitted" follow the grid that `times.fitted` found for that solver and number of
-evaluations from other noise. diffusers' schedulers run on the uniform grid, as they come, in float32 with the same velocity.
+evaluations from other noise; the map of (a) is two numbers, which a grid can be made to meet, so (b) and (c) say more of them.
+diffusers' schedulers run on the uniform grid, as they come, in float32 with the same velocity.
 """
 
 import dataclasses

@@ -123,7 +123,10 @@ def plain(combine=guidance.extrapolate):
 
 def projected(field_y, y, scale):
     """APG, which is of predicted data."""
-    data = lambda x, t, y: targets.convert(PATH, field_y(x, t, y), x, t, source=targets.velocity, target=targets.data)  # noqa: E731
+
+    def data(x, t, y):
+        return targets.convert(PATH, field_y(x, t, y), x, t, source=targets.velocity, target=targets.data)
+
     field = guidance.classifier_free(data, y, digits.CLASSES, scale, combine=guidance.projected())
     return targets.convert_field(PATH, field, source=targets.data, target=targets.velocity)
 

@@ -152,6 +152,7 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.
 
 def normal(x):
     """The standard normal log density of each example, (B,)."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return -(x**2 + jnp.log(2 * jnp.pi)).reshape(x.shape[0], -1).sum(-1) / 2
 
 
@@ -186,7 +187,9 @@ def bits_per_dimension(log_p, shape, width):
 def _integrate(field, divergence, x, times, step):
     """The end of the trajectories, and the integral of the divergence along them: one state with a column more, or k."""
     x = paths.check_float("x", x)
-    shape = x.shape
+    shape, dtype = x.shape, x.dtype
+    # The integral is a sum of many dimensions, of which half precision would keep two or three digits.
+    x = x.astype(jnp.promote_types(dtype, jnp.float32))
     columns = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, jnp.asarray(times)[0]).shape[1:]
     count = math.prod(columns)
 
@@ -197,7 +200,7 @@ def _integrate(field, divergence, x, times, step):
 
     z = jnp.concatenate([x.reshape(x.shape[0], -1), jnp.zeros((x.shape[0], count), x.dtype)], axis=1)
     z, _ = sampling.sample_ode(both, z, times, step=step)
-    return z[:, : z.shape[1] - count].reshape(shape), z[:, z.shape[1] - count :].reshape(x.shape[0], *columns)
+    return z[:, : z.shape[1] - count].reshape(shape).astype(dtype), z[:, z.shape[1] - count :].reshape(x.shape[0], *columns)
 
 
 def _density(log_p_0, integral, x):

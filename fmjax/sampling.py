@@ -266,6 +266,7 @@ def reverse(field, times):
     Returns:
       A field and an increasing grid from t_0 to t_n, whose steps are those of `times` in the other order.
     """
+    times = jnp.asarray(times)
     both = times[0] + times[-1]
     return lambda x, s: -field(x, both - s), both - times[::-1]
 

@@ -151,3 +151,14 @@ def test_wrong_probes_say_so(key):
         likelihood.hutch_plus_plus(jnp.ones((3, 5, 2)), jnp.ones((3, 1, 2)))(lambda x, t: x, x, 0.5)
     with pytest.raises(TypeError, match="x has dtype int32"):
         likelihood.log_density(lambda x, t: x, likelihood.normal, jnp.ones((3, 2), int), times.grid(2))
+
+
+def test_half_precision_keeps_the_density_in_float32(key):
+    """And a grid may be a list."""
+    data, path = mixture(), paths.Linear()
+    x_1 = data.sample(key, 4).astype(jnp.bfloat16)
+    field = marginals.velocity(path, data)
+    found = likelihood.log_density(field, likelihood.normal, x_1, np.linspace(0, 1, 51).tolist())
+    assert found.x.dtype == jnp.bfloat16
+    assert found.log_p.dtype == jnp.float32
+    np.testing.assert_allclose(found.log_p, marginals.log_density(path, data)(x_1.astype(jnp.float32), 1.0), atol=0.05)

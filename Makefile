@@ -35,7 +35,7 @@ lint: $(READY)  ## ruff and pyright
 bench: $(READY)  ## one JSON line a number
 	$(RUN) -m benchmarks.sampling $(ARGS)
 
-bench-peers: .venv.peers/ready  ## the same beside diffrax, torchdiffeq and flow_matching, in an environment of its own
+bench-peers: .venv.peers/ready  ## the same beside diffrax, torchdiffeq, flow_matching and diffusers, in an environment of its own
 	.venv.peers/bin/python -m benchmarks.sampling $(ARGS)
 
 bench-solvers: .venv.peers/ready  ## error against evaluations for every solver, beside diffusers' schedulers

@@ -1,7 +1,7 @@
 """Samplers against a scan written by hand, and against public solvers: one JSON line a number.
 
     python -m benchmarks.sampling --out results/sampling.jsonl
-    make bench-peers ARGS="--out results/sampling.jsonl"        the same beside diffrax, torchdiffeq and flow_matching
+    make bench-peers ARGS="--out results/sampling.jsonl"        the same beside diffrax, torchdiffeq, flow_matching and diffusers
 
 What a row says, and how it is measured, is at the head of `benchmarks/rows.py`. "Compiled programs equal" holds without
 a clock, since equal programs take equal time; rows "control" compare a program with itself and so show what a ratio of 1
@@ -486,24 +486,54 @@ def flow_matching_ode(config):
     yield from torch_ode(config, torch, theirs, "flow_matching")
 
 
-def torch_ode(config, torch, theirs, name):
+DIFFUSERS = {
+    "FlowMatchEulerDiscreteScheduler": (sampling.euler, {}),
+    "DPMSolverMultistepScheduler": (OVERHEAD["dpm_solver_pp 2"][0], {"solver_order": 2}),
+    "UniPCMultistepScheduler": (OVERHEAD["unipc 2"][0], {"solver_order": 2}),
+}
+"""Schedulers of diffusers, the solver of the same name here, and their settings."""
+
+
+def diffusers_ode(config):
+    """diffusers' schedulers over `sample_ode` with the solver of the same name, eager as they come, their preparation included."""
+    torch, diffusers = map(importlib.import_module, ("torch", "diffusers"))
+    flows = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    for name, (step, settings) in DIFFUSERS.items():
+        scheduler = getattr(diffusers, name)(**({**flows, **settings} if settings else {}))
+
+        def theirs(velocity, x, scheduler=scheduler, euler=not settings):
+            """They predict noise less data, and count time from data."""
+            if euler:
+                scheduler.set_timesteps(sigmas=np.linspace(1, 0, config.steps + 1)[:-1])
+            else:
+                scheduler.set_timesteps(config.steps)
+            for sigma, t in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
+                x = scheduler.step(-velocity(1 - sigma, x), t, x).prev_sample
+            return x
+
+        yield from torch_ode(config, torch, theirs, "diffusers", f"diffusers' {name}", step)
+
+
+def torch_ode(config, torch, theirs, package, name=None, step=sampling.euler):
     """A solver of PyTorch over `sample_ode`."""
+    name = name or package
     model, params = network(config)
     grid = times.grid(config.steps)
-    velocity, packages = torch_network(torch, params, config.depth), (name, "torch")
+    velocity, packages = torch_network(torch, params, config.depth), (package, "torch")
     quick = dataclasses.replace(config, seconds=config.seconds / 2)
     for batch in config.batches:
         _, x_0 = start_at(config, batch)
         torch_x = torch.tensor(np.asarray(x_0).copy())
         makers = [
             lambda x=torch_x: functools.partial(theirs, velocity, x.clone()),
-            *each([functools.partial(our_ode, model)], params, x_0, grid),
+            *each([functools.partial(our_ode, model, step=step)], params, x_0, grid),
         ]
         for threads in torch_threads(torch):
             with torch.inference_mode():
                 ends, measured = results(makers), in_turns(quick, makers)
             against = f"{name}, {threads}, over sample_ode, batch {batch}"
-            yield difference(f"{against}: results", *ends, packages=packages)
+            if step is sampling.euler:  # The others' polynomials are in another variable.
+                yield difference(f"{against}: results", *ends, packages=packages)
             yield ratio(f"{against}: run time", measured, 0, 1, packages=packages)
 
 
@@ -514,6 +544,7 @@ PEERS = {
     torch_forward: ("torch",),
     torchdiffeq_ode: ("torch", "torchdiffeq"),
     flow_matching_ode: ("torch", "flow_matching"),
+    diffusers_ode: ("torch", "diffusers"),
 }
 
 

@@ -94,16 +94,22 @@ def _share(a, b):
     return jnp.where(square > 0, _dot(a, b) / jnp.where(square > 0, square, 1), 0)
 
 
-def _evaluate(field_y, conditions, x, t):
-    """The values under several conditions, each one an example, in one batched call."""
-    count = len(conditions)
-    for y in conditions:
-        if y.shape[:1] != x.shape[:1]:
-            raise ValueError(f"y has shape {y.shape}, but it must hold one condition an example for x of shape {x.shape}.")
-    if count == 1:
-        return [field_y(x, t, conditions[0])]
-    many_t = jnp.concatenate([t] * count) if jnp.ndim(t) else t
-    return jnp.split(field_y(jnp.concatenate([x] * count), many_t, jnp.concatenate(conditions)), count)
+def _under(field_y, conditions):
+    """(x, t) -> the values under several conditions, each one an example, in one batched call."""
+    # Joined here, not in a sampler's loop, where a network could not see the values of labels and say which is wrong.
+    many_y = jnp.concatenate(conditions) if len(conditions) > 1 else conditions[0]
+
+    def values(x, t):
+        for y in conditions:
+            if y.shape[:1] != x.shape[:1]:
+                raise ValueError(f"y has shape {y.shape}, but it must hold one condition an example for x of shape {x.shape}.")
+        count = len(conditions)
+        if count == 1:
+            return [field_y(x, t, many_y)]
+        many_t = jnp.concatenate([t] * count) if jnp.ndim(t) else t
+        return jnp.split(field_y(jnp.concatenate([x] * count), many_t, many_y), count)
+
+    return values
 
 
 def _nulls(null, y):
@@ -130,12 +136,11 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
     _check_scale(scale)
     y = jnp.asarray(y)
     plain = not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1
+    values = _under(field_y, [y] if plain else [_nulls(null, y), y])
 
     def field(x, t):
-        if plain:
-            return _evaluate(field_y, [y], x, t)[0]
-        unguided, guided = _evaluate(field_y, [_nulls(null, y), y], x, t)
-        return combine(guided, unguided, scale)
+        *unguided, guided = values(x, t)
+        return guided if plain else combine(guided, *unguided, scale)
 
     return field
 
@@ -160,9 +165,10 @@ def weighted(field_y, ys, null, scales):
         raise ValueError(f"There are {len(ys)} conditions and {len(scales)} scales, but each condition has one scale.")
     for scale in scales:
         _check_scale(scale)
+    values = _under(field_y, [_nulls(null, ys[0]), *ys])
 
     def field(x, t):
-        unguided, *guided = _evaluate(field_y, [_nulls(null, ys[0]), *ys], x, t)
+        unguided, *guided = values(x, t)
         return unguided + sum(scale * (value - unguided) for scale, value in zip(scales, guided, strict=True))
 
     return field

@@ -13,6 +13,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmjax import guidance, sampling
 from fmjax.models import dit, layers, mlp, unet
 
 # The generator and the optimisation that compile fastest.
@@ -230,6 +231,26 @@ def test_labels_missing_or_of_another_shape(name, y):
     with pytest.raises(ValueError, match="needs one label an example") as caught:
         shapes(NETWORKS[name], X, T, y)
     assert ("none" if y is None else str(y.shape)) in str(caught.value)
+
+
+@every_network
+def test_labels_for_a_network_without_classes(name):
+    """It has no null label, so it cannot be guided, and does not do as if it could."""
+    plain = WITHOUT_CLASSES[name]
+    with pytest.raises(ValueError, match=r"y has shape \(\d+,\), but this network was made without classes and has no null label"):
+        shapes(plain, X, T, Y)
+    guided = guidance.classifier_free(lambda x, t, y: plain.apply({}, x, t, y), Y, CLASSES, 3.0)
+    with pytest.raises(ValueError, match="it cannot be guided"):
+        sampling.sample_ode(guided, X, jnp.linspace(0, 1, 3))
+
+
+def test_a_null_label_that_is_none():
+    """Labels that are known are looked at in a sampler's loop too."""
+    model = mlp.MLP(width=4, depth=1, classes=CLASSES)
+    params = random_parameters(model, jnp.zeros((3, 2)), 0.5, jnp.zeros(3, int))
+    guided = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), jnp.arange(3), CLASSES + 1, 3.0)
+    with pytest.raises(ValueError, match=f"label {CLASSES + 1} is out of range: .* {CLASSES} means no class"):
+        sampling.sample_ode(guided, jnp.zeros((3, 2)), jnp.linspace(0, 1, 3))
 
 
 @every_network

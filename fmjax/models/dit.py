@@ -179,6 +179,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True):
         self._check(x)
+        layers.check_labels(self.classes, y, x)
         batch, height, width, channels = x.shape
         rows, columns = height // self.patch, width // self.patch
         h = Patches(self.patch, self.width, self.bottleneck, self.dtype, name="patches")(x)
@@ -187,7 +188,7 @@ class DiT(nn.Module):
         c = layers.TimeEmbedding(self.width, self.encoding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
         label = None
         if self.classes is not None:
-            label = layers.LabelEmbedding(self.classes, self.width, name="label")(layers.require_labels(y, x)).astype(self.dtype)
+            label = layers.LabelEmbedding(self.classes, self.width, name="label")(y).astype(self.dtype)
             c = c + label
 
         h = self._blocks(h, c, rows, columns, 0, range(self.tokens_start if self._tokens else self.depth), deterministic)

@@ -111,7 +111,7 @@ class LabelEmbedding(nn.Module):
         y = jnp.asarray(y)
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise TypeError(f"y has dtype {y.dtype}, but labels are integers from 0 to {self.classes} (the last means no class).")
-        if not isinstance(y, Tracer):
+        if not isinstance(y, Tracer) and y.is_fully_addressable:
             wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) > self.classes)]
             if wrong.size:
                 raise ValueError(
@@ -120,12 +120,16 @@ class LabelEmbedding(nn.Module):
         return jnp.asarray(table).at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def require_labels(y, x):
-    """y, or an error that says what is missing."""
-    if y is None or jnp.shape(y) != x.shape[:1]:
+def check_labels(classes, y, x):
+    """Raises unless there is one label an example where a network has classes, and none where it has not."""
+    if classes is None and y is not None:
+        raise ValueError(
+            f"y has shape {jnp.shape(y)}, but this network was made without classes and has no null label either: it cannot be "
+            "guided. Make it with `classes`, or leave y out."
+        )
+    if classes is not None and (y is None or jnp.shape(y) != x.shape[:1]):
         given = "none" if y is None else f"shape {jnp.shape(y)}"
         raise ValueError(f"This network has classes and needs one label an example, y of shape {x.shape[:1]}, got {given}.")
-    return y
 
 
 def require_images(x):

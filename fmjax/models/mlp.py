@@ -24,9 +24,10 @@ class MLP(nn.Module):
     def __call__(self, x, t, y=None):
         h = x.reshape(x.shape[0], -1)
         features = h.shape[1]
+        layers.check_labels(self.classes, y, x)
         h = jnp.concatenate([layers.batch_times(t, x)[:, None], h], axis=-1)
         if self.classes is not None:
-            h = jnp.concatenate([h, layers.LabelEmbedding(self.classes, self.width)(layers.require_labels(y, x))], axis=-1)
+            h = jnp.concatenate([h, layers.LabelEmbedding(self.classes, self.width)(y)], axis=-1)
         for _ in range(self.depth):
             h = self.activation(nn.Dense(self.width)(h))
         return nn.Dense(features)(h).reshape(x.shape).astype(x.dtype)

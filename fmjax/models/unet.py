@@ -177,11 +177,12 @@ class UNet(nn.Module):
     def __call__(self, x, t, y=None, deterministic=True):
         channels = [int(self.width * multiplier) for multiplier in self.multipliers]
         self._check(x, channels)
+        layers.check_labels(self.classes, y, x)
         encoding = layers.Sinusoids(self.width) if self.encoding is None else self.encoding
         embedding = layers.TimeEmbedding(4 * self.width, encoding, _uniform, self.dtype, name="time")
         e = embedding(layers.batch_times(t, x))
         if self.classes is not None:
-            label = layers.LabelEmbedding(self.classes, 4 * self.width, name="label")(layers.require_labels(y, x))
+            label = layers.LabelEmbedding(self.classes, 4 * self.width, name="label")(y)
             e = e + label.astype(self.dtype)
 
         remat = functools.partial(nn.remat, static_argnums=(3, 4)) if self.remat else lambda module: module

@@ -148,12 +148,14 @@ def _like_state(field):
     return checked
 
 
-def _follow(advance, memory, x_0, times, save, every):
-    """Scans advance(index, memory, x, t, dt) over the grid, in float32 or wider."""
+def _follow(advance, memory, x_0, times, last, save, every):
+    """Scans advance(index, memory, x, t, dt) over the grid, in float32 or wider; a last step that is another follows the scan."""
     x_0 = paths.check_float("x_0", x_0)
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
     times = _check_times(times, dtype)
-    steps = len(times) - 1
+    steps = len(times) - 1 - (last is not None)
+    if not steps:
+        raise ValueError("times has one step, but there is another last step: take two steps at least, or leave `last` out.")
     if not 1 <= every <= steps or steps % every:
         raise ValueError(
             f"every is {every}, but a grid of {steps} steps can save the states after every k-th only where k divides {steps}."
@@ -168,18 +170,26 @@ def _follow(advance, memory, x_0, times, save, every):
         (memory, x), _ = lax.scan(body, carry, intervals)
         return (memory, x), save(x, intervals[1][-1] + intervals[2][-1])
 
-    x = x_0.astype(dtype)
-    intervals = jnp.arange(steps), times[:-1], jnp.diff(times)
+    scanned = times if last is None else times[:-1]
+    carry = memory(x_0.astype(dtype), scanned), x_0.astype(dtype)
+    intervals = jnp.arange(steps), scanned[:-1], jnp.diff(scanned)
     if save is None or every == 1:
-        (_, x_1), saved = lax.scan(body, (memory(x, times), x), intervals)
+        (_, x), saved = lax.scan(body, carry, intervals)
     else:
-        (_, x_1), saved = lax.scan(several, (memory(x, times), x), jax.tree.map(lambda a: a.reshape(-1, every), intervals))
-    if save is not None:
-        saved = jax.tree.map(lambda first, rest: jnp.concatenate([jnp.asarray(first)[None], rest]), save(x, times[0]), saved)
-    return x_1.astype(x_0.dtype), saved
+        (_, x), saved = lax.scan(several, carry, jax.tree.map(lambda a: a.reshape(-1, every), intervals))
+    states = [] if save is None else [_alone(save(x_0.astype(dtype), times[0])), saved]
+    if last is not None:
+        x = last(steps, x, times[-2], times[-1] - times[-2])
+        states += [] if save is None else [_alone(save(x, times[-1]))]
+    return x.astype(x_0.dtype), jax.tree.map(lambda *some: jnp.concatenate(some), *states) if states else None
 
 
-def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun, save=None, every=1):
+def _alone(saved):
+    """What was saved of one state, with the leading axis of those of many."""
+    return jax.tree.map(lambda value: jnp.asarray(value)[None], saved)
+
+
+def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun, last=None, save=None, every=1):
     """Follows a field along a grid: the flow (1) from noise to data.
 
     X_{i+1} = step(field, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Flow Model", which stops a step short)
@@ -189,19 +199,26 @@ def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
       step: one step, `(field, x, t, dt) -> x`: `euler`, `heun`, `midpoint`, `rk4`, or yours; or a `Multistep`.
+      last: the last step where it is another one, as `step`: `euler` after `heun`, so that nothing is evaluated at the end.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
-      every: keep only every so many states, a divisor of n.
+      every: keep only every so many states, a divisor of the number of steps without the last one.
     Returns:
-      x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`).
+      x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`); where
+        `last` is another one, of (n - 1) / every + 2.
     Raises:
       TypeError: if x_0 is not of floats.
       ValueError: if the grid does not increase, the field's output has another shape than x, a multistep method needs more
         steps than there are, or `every` does not divide their number.
     """
     field = _like_state(field)
-    if isinstance(step, Multistep):
-        return _follow(lambda index, memory, x, t, dt: step.step(field, memory, x, t, dt)[::-1], step.init, x_0, times, save, every)
-    return _follow(lambda index, memory, x, t, dt: (None, step(field, x, t, dt)), _nothing, x_0, times, save, every)
+
+    def advance(index, memory, x, t, dt):
+        if isinstance(step, Multistep):
+            return step.step(field, memory, x, t, dt)[::-1]
+        return None, step(field, x, t, dt)
+
+    end = last and (lambda index, x, t, dt: last(field, x, t, dt))
+    return _follow(advance, _memory(step), x_0, times, end, save, every)
 
 
 def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Multistep = euler_maruyama, last=None, save=None, every=1):
@@ -222,7 +239,8 @@ def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Mult
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
       every: keep only every so many states, a divisor of the number of steps without the last one.
     Returns:
-      x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`).
+      x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`); where
+        `last` is another one, of (n - 1) / every + 2.
     Raises:
       TypeError: if x_0 is not of floats, or the key is not typed.
       ValueError: if the grid does not increase, the keys are neither one nor one an example, the drift's output has
@@ -238,21 +256,13 @@ def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Mult
             return step.step(drift, sigma, key_step, memory, x, t, dt)[::-1]
         return None, step(drift, sigma, key_step, x, t, dt)
 
-    memory = step.init if isinstance(step, Multistep) else _nothing
-    if last is None:
-        return _follow(advance, memory, x_0, times, save, every)
-    if len(times) < 3:
-        raise ValueError("times has one step, but there is another last step: take two steps at least, or leave `last` out.")
-    x, saved = _follow(advance, memory, x_0, times[:-1], save, every)
-    key_last = fold_in(key, len(times) - 2)
-    x_1, ends = _follow(lambda *step: (None, last(drift, sigma, key_last, *step[2:])), _nothing, x, times[-2:], save, 1)
-    if save is not None:
-        saved = jax.tree.map(lambda some, end: jnp.concatenate([some, end[1:]]), saved, ends)
-    return x_1, saved
+    end = last and (lambda index, x, t, dt: last(drift, sigma, fold_in(key, index), x, t, dt))
+    return _follow(advance, _memory(step), x_0, times, end, save, every)
 
 
-def _nothing(x, times):
-    """The memory of a step that remembers nothing."""
+def _memory(step):
+    """What a step remembers at the start."""
+    return step.init if isinstance(step, Multistep) else lambda x, times: None
 
 
 def reverse(field, times):

@@ -212,6 +212,27 @@ def test_state_is_float32_under_half_precision(key):
     assert x_1.dtype == jnp.bfloat16
 
 
+def test_the_last_step_of_a_flow_may_be_another(key):
+    """Heun's ended by Euler's evaluates nothing at data, where this path's velocity is infinite; the state stays in float32."""
+    path, x_0, grid = paths.VariancePreserving(), jax.random.normal(key, (4, 2), jnp.bfloat16), jnp.linspace(0, 1, 6)
+    field = marginals.velocity(path, mixture())
+    assert not np.isfinite(np.asarray(sampling.sample_ode(field, x_0, grid)[0], np.float32)).all()
+    save = lambda x, t: (x, t)
+    x_1, (states, ts) = sampling.sample_ode(field, x_0, grid, last=sampling.euler, save=save, every=2)
+    wide = x_0.astype(jnp.float32)
+    before = sampling.sample_ode(field, wide, grid[:-1])[0]
+    np.testing.assert_allclose(states[2], before, rtol=1e-5)
+    np.testing.assert_allclose(states[3], before + (grid[5] - grid[4]) * field(before, grid[4]), rtol=1e-5)
+    np.testing.assert_array_equal(x_1, states[3].astype(jnp.bfloat16))
+    np.testing.assert_allclose(ts, grid[jnp.array([0, 2, 4, 5])], rtol=1e-6)
+
+    drift = lambda x, t: -x
+    whole = sampling.sample_sde(drift, 1.0, key, x_0, grid)[0]
+    np.testing.assert_array_equal(sampling.sample_sde(drift, 1.0, key, x_0, grid, last=sampling.euler_maruyama)[0], whole)
+    with pytest.raises(ValueError, match="times has one step, but there is another last step"):
+        sampling.sample_ode(drift, x_0, grid[:2], last=sampling.euler)
+
+
 x = jnp.zeros((4, 3))
 grid = jnp.linspace(0, 1, 5)
 same = lambda x, t: x

@@ -8,7 +8,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers bench-solvers bench-networks bench-train bench-parallel tpu-aot env lock clean
+.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-parallel tpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ bench-peers: .venv.peers/ready  ## the same beside diffrax, torchdiffeq, flow_ma
 
 bench-solvers: .venv.peers/ready  ## error against evaluations for every solver, beside diffusers' schedulers
 	.venv.peers/bin/python -m benchmarks.solvers $(ARGS)
+
+bench-images: .venv.peers/ready  ## images a second of a guided sampler, DiT-XL/2 on a GPU, beside PyTorch
+	.venv.peers/bin/python -m benchmarks.images $(ARGS)
 
 bench-networks: .venv.peers/ready  ## the networks beside PyTorch's: compile time, memory, forward passes, train steps
 	.venv.peers/bin/python -m benchmarks.networks $(ARGS)

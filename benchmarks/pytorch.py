@@ -272,3 +272,19 @@ def trainer(network, optimizer, ema_decay, dtype=None):
         return loss.detach()
 
     return step
+
+
+def sampler(network, grid, scale, dtype):
+    """Euler's method with classifier-free guidance as a function `(x_0, y, null) -> x_1`."""
+
+    @torch.inference_mode()
+    def sample(x, y, null):
+        both = torch.cat([torch.full_like(y, null), y])
+        for t, dt in zip(grid[:-1], np.diff(grid), strict=True):
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                u = network(torch.cat([x, x]), torch.full((len(both),), float(t), device=x.device), both)
+            unguided, guided = u.float().chunk(2)
+            x = x + float(dt) * ((1 - scale) * unguided + scale * guided)
+        return x
+
+    return sample

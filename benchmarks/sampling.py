@@ -7,11 +7,11 @@ What a row says, and how it is measured, is at the head of `benchmarks/rows.py`.
 a clock, since equal programs take equal time; rows "control" compare a program with itself and so show what a ratio of 1
 looks like here.
 
-Where a public solver is faster, and why:
+Where a public solver is as fast or faster, and why:
 
 - diffrax at a batch of one, under JAX's default asynchronous dispatch. XLA hands a program over to another thread unless
   it may call the host, and diffrax's check for errors is such a call; handing over takes longer than the work. The rows
-  "asynchronous dispatch" show it: with `throw=False` the advantage is gone. So all other rows run synchronously.
+  "asynchronous dispatch" show it: with `throw=False` diffrax takes longer. So all other rows run synchronously.
 - PyTorch's bare network at a batch of 1024, by a quarter with two threads on two free cores: its matrix products and its
   silu each take about half of XLA's time there. The rows "PyTorch" show it, piece by piece. What eager dispatch costs eats
   the advantage, so that torchdiffeq's sampler is about equal there, and slower at 1 and at 10,000. On busy cores its

@@ -8,9 +8,10 @@ from the exact velocity and against a fine solution; (d) of the digits that `mak
 solution. An error is the mean of |x - x*| over points and coordinates from the same noise, "W2" the Wasserstein distance to as many
 draws of the data. All on the linear path. A solver has at most the evaluations that a row names, each step as many as it takes.
 
-Rows "uniform" follow equal steps; rows "fitted" follow the grid that `times.fitted` found for that solver and number of
-evaluations from other noise; the map of (a) is two numbers, which a grid can be made to meet, so (b) and (c) say more of them.
-diffusers' schedulers run on the uniform grid, as they come, in float32 with the same velocity.
+Rows "uniform" follow equal steps, rows "quadratic" those of `times.quadratic`, which shrink towards data; rows "fitted" follow the
+grid that `times.fitted` found for that solver and number of evaluations from other noise; the map of (a) is two numbers, which a
+grid can be made to meet, so (b) and (c) say more of them. Where Heun's evaluations are odd, its last step is Euler's. diffusers'
+schedulers run on the uniform grid, as they come, in float32 with the same velocity; ratios to them are rounded to four digits.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.rows import describe, finish, ready, row, start
+from benchmarks.rows import describe, finish, ready, row, short, start
 from experiments import gallery
 from fmjax import guidance, marginals, metrics, paths, sampling, solvers, times
 from fmjax.data import digits
@@ -153,26 +154,29 @@ def fine(field, steps=2000):
 
 
 def steps_of(name, evaluations):
-    """How many steps a solver has from so many evaluations, or 0."""
+    """How many steps a solver has from so many evaluations, or 0; and its last step where that is another."""
     step, each = SOLVERS[name]
+    if name == "heun" and evaluations % 2:
+        return evaluations // 2 + 1, sampling.euler
     # Above order 3 the first step is one of rk4, with four more.
     steps = evaluations // each - (4 if name == "adams_bashforth 4" else 0)
-    return steps if steps >= (int(name[-1]) if isinstance(step, sampling.Multistep) else 1) else 0
+    return steps if steps >= (int(name[-1]) if isinstance(step, sampling.Multistep) else 1) else 0, None
 
 
 def flow(config, name, field, x_0, exact, draws, to_fit):
     """Rows of one flow: every solver on the uniform grid, some on grids fitted to them."""
     x_1 = exact(x_0)
     for solver, (step, _) in SOLVERS.items():
-        sample = jax.jit(lambda x_0, grid, step=step: sampling.sample_ode(field, x_0, grid, step=step)[0])
         for evaluations in config.evaluations:
-            steps = steps_of(solver, evaluations)
+            steps, last = steps_of(solver, evaluations)
             if not steps:
                 continue
-            yield from errors(name, solver, "uniform", evaluations, sample(x_0, times.grid(steps)), x_1, draws)
+            sample = jax.jit(lambda x_0, grid, step=step, last=last: sampling.sample_ode(field, x_0, grid, step=step, last=last)[0])
+            grids = {"uniform": times.grid(steps), "quadratic": times.quadratic(times.grid(steps))}
             if solver in to_fit and steps > 1:
-                grid = fit(config, sample, exact, x_0, steps)
-                yield from errors(name, solver, "fitted", evaluations, sample(x_0, grid), x_1, draws)
+                grids["fitted"] = fit(config, sample, exact, x_0, steps)
+            for grid, ts in grids.items():
+                yield from errors(name, solver, grid, evaluations, sample(x_0, ts), x_1, draws)
 
 
 def fit(config, sample, exact, x_0, steps):
@@ -231,29 +235,18 @@ def verdicts(config, ours, theirs):
         return {one["solver"]: one["value"] for one in some}
 
     for evaluations in config.evaluations:
-        uniform, fitted = (of(ours, evaluations, grid) for grid in ("uniform", "fitted"))
         others = of(theirs, evaluations, "uniform")
-        for name, namesake in NAMESAKES.items():
-            for grid, found in (("uniform", uniform), ("fitted", fitted)):
+        best_other = min(others, key=others.__getitem__)
+        for grid in ("uniform", "quadratic", "fitted"):
+            found = of(ours, evaluations, grid)
+            for name, namesake in NAMESAKES.items():
                 if namesake in found:
-                    ratio = found[namesake] / others[name]
-                    yield row(
-                        f"gaussian: {namesake}, {grid} grid, over {name}, {evaluations} evaluations",
-                        ratio,
-                        "ratio",
-                        most=1,
-                        packages=packages,
-                    )
-        for grid, found in (("uniform", uniform), ("any", uniform | {key + " fitted": value for key, value in fitted.items()})):
-            best, best_other = min(found, key=found.__getitem__), min(others, key=others.__getitem__)
-            yield row(
-                f"gaussian: best, {grid} grid, over diffusers' best, {evaluations} evaluations",
-                found[best] / others[best_other],
-                "ratio",
-                most=0.5,
-                solvers=[best, best_other],
-                packages=packages,
-            )
+                    what = f"gaussian: {namesake}, {grid} grid, over {name}, {evaluations} evaluations"
+                    yield row(what, short(found[namesake] / others[name]), "ratio", most=1, packages=packages)
+            best = min(found, key=found.__getitem__)
+            what = f"gaussian: best, {grid} grid, over diffusers' best, {evaluations} evaluations"
+            of_best = short(found[best] / others[best_other])
+            yield row(what, of_best, "ratio", most=0.5, solvers=[best, best_other], packages=packages)
 
 
 def draw(file, rows):
@@ -270,6 +263,8 @@ def draw(file, rows):
             points = [(one["evaluations"], one["value"]) for one in rows if (one["flow"], one["solver"], one["grid"]) == (name, *solver)]
             kind, grid = solver
             theirs = kind in NAMESAKES
+            if grid == "quadratic":
+                continue
             style = (
                 {"color": "0.6", "linestyle": "--"} if theirs else {"color": colours[kind], "linestyle": ":" if grid == "fitted" else "-"}
             )

@@ -98,10 +98,10 @@ def main(config: Config):
     rows.report(measure(config), config.out)
 
 
-def settled(config, device):
-    """The configuration with nothing left open."""
+def settled(config, device, batch=128, steps=10):
+    """The configuration with nothing left open; a batch and steps for what is not a CPU."""
     cpu = device.platform == "cpu"
-    small = {"model": "DiT-S/8", "batch": 2, "steps": 2} if cpu else {"model": "DiT-XL/2", "batch": 128, "steps": 10}
+    small = {"model": "DiT-S/8", "batch": 2, "steps": 2} if cpu else {"model": "DiT-XL/2", "batch": batch, "steps": steps}
     cudnn = device.platform == "gpu" and "NVIDIA" in device.device_kind and config.dtype == "bfloat16"
     defaults = small | {"attention": "cudnn" if cudnn else "xla"}
     return dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
@@ -222,15 +222,15 @@ def memory(compiled):
 # The two measurements: seconds a step, bytes at the peak, and who counted them.
 
 
-def rounds(config, once, wait):
+def rounds(steps, repeats, once, wait):
     """The median over the rounds of a step's mean seconds; the first, which compiles, does not count."""
     seconds = []
-    for _ in range(config.repeats + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
-        for _ in range(config.steps):
+        for _ in range(steps):
             out = once()
         wait(out)
-        seconds.append((time.perf_counter() - start) / config.steps)
+        seconds.append((time.perf_counter() - start) / steps)
     return float(np.median(seconds[1:]))
 
 
@@ -253,7 +253,7 @@ def fmjax(config, model, device):
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"The loss is {metrics['loss']}.")
 
-    seconds = rounds(config, once, wait)
+    seconds = rounds(config.steps, config.repeats, once, wait)
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return seconds, stats["peak_bytes_in_use"], "by the device"
@@ -278,7 +278,7 @@ def pytorch(config):
     x_1 = torch.randn((config.batch, SHAPE[-1], *SHAPE[:-1]), device=where)
     y = torch.randint(0, CLASSES, (config.batch,), device=where)
 
-    seconds = rounds(config, functools.partial(take, x_1, y), lambda loss: loss.item())
+    seconds = rounds(config.steps, config.repeats, functools.partial(take, x_1, y), lambda loss: loss.item())
     return seconds, torch.cuda.max_memory_allocated() if where.type == "cuda" else None, "by PyTorch"
 
 

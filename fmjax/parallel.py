@@ -28,6 +28,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fmjax.progress import bar
+
 AXIS = "data"
 """The name of the mesh's axis."""
 
@@ -277,7 +279,7 @@ def sample(function, key, n, *, chunk, mesh=None, progress=True):
 
     samples, waiting = None, None
     starts = range(0, n, chunk)
-    with _sampling_bar(n) if progress and jax.process_index() == 0 else contextlib.nullcontext() as show:
+    with bar("sampling", "samples", n) if progress and jax.process_index() == 0 else contextlib.nullcontext() as show:
         for start in (*starts, None):
             # The device has its next chunk before the host fetches the last one.
             drawn = None if start is None else (start, draw(start))
@@ -298,25 +300,6 @@ def _store(samples, first, values, n):
     for whole, part in zip(jax.tree.leaves(samples), jax.tree.leaves(parts), strict=True):
         whole[first : first + len(part)] = part[: n - first]
     return samples
-
-
-@contextlib.contextmanager
-def _sampling_bar(n):
-    """A progress bar, and the function `(done) -> None` that moves it."""
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("sampling"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]:.1f} samples/s"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns) as bar:
-        task = bar.add_task("", total=n, rate=0.0)
-        yield lambda done: bar.update(task, completed=done, rate=done / (bar.tasks[task].elapsed or math.inf))
 
 
 def _first_line(error):

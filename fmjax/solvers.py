@@ -228,7 +228,7 @@ def churn(path, step=sampling.heun):
     return noisy_step
 
 
-def predictor_corrector(path, step, *, size=0.16, corrections=1):
+def predictor_corrector(path, step, *, size=0.08, corrections=1):
     """A step, and Langevin dynamics at the time where it ends    (Song et al. 2021, algorithms 2 and 4).
 
     x + beta_s ((rho - 1) E + sqrt(1 - rho^2) epsilon),   rho = exp(-2 size^2), which is (4) of `sampling` over a time of
@@ -237,7 +237,7 @@ def predictor_corrector(path, step, *, size=0.16, corrections=1):
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       step: the predictor, for a velocity: `ancestral(path)`, `churn(path)` or yours.
-      size: the paper's signal-to-noise ratio r.
+      size: the paper's signal-to-noise ratio r; marginals are moved by its square, so half of the paper's .16 here.
       corrections: how many after each step.
     Returns:
       A step for `sampling.sample_sde` along a velocity and any sigma, with one evaluation a correction beside the predictor's.

@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from fmjax.progress import bar
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +196,10 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
     start = int(state.step)
     history, pending, batches = [], [], iter(batches)
     progress = progress and jax.process_index() == 0
+    shown = bar("training", "steps", steps, start, loss=math.nan) if progress else contextlib.nullcontext(lambda done, **numbers: None)
     try:
         with (
-            _bar(start, steps) if progress else contextlib.nullcontext(lambda step, row: None) as show,
+            shown as show,
             _signals() as signalled,
             contextlib.ExitStack() as tracing,
         ):
@@ -217,7 +220,7 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
                 state, alive, metrics = take(state, alive, key, batch)
                 pending.append(metrics)
                 if (n + 1) % every and n + 1 != steps:
-                    show(n + 1, None)
+                    show(n + 1)
                     continue
                 rows, pending = jax.device_get(pending), []
                 for i, metrics in enumerate(rows):
@@ -234,7 +237,7 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
                     tracing.close()
                 row = {"step": n + 1} | {name: float(sum(m[name] for m in rows) / len(rows)) for name in rows[0]}
                 history.append(row)
-                show(n + 1, row)
+                show(n + 1, loss=row["loss"])
                 for callback in callbacks:
                     callback(state, row)
     finally:
@@ -313,29 +316,3 @@ def _signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _bar(start, steps):
-    """A progress bar, and the function `(step, row or None) -> None` that moves it."""
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("training"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("loss {task.fields[loss]:.4f}"),
-        progress.TextColumn("{task.fields[rate]:.1f} steps/s"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns) as bar:
-        task = bar.add_task("", total=steps, completed=start, loss=math.nan, rate=0.0)
-
-        def show(step, row):
-            elapsed = bar.tasks[task].elapsed or math.inf
-            loss = {} if row is None else {"loss": row["loss"]}
-            bar.update(task, completed=step, rate=(step - start) / elapsed, **loss)
-
-        yield show

@@ -43,7 +43,7 @@ NOISY_STEPS = {
     "sde_dpm_solver_pp": solvers.sde_dpm_solver_pp,
     "churn": solvers.churn,
     # Langevin dynamics in steps are biased by a share that falls with the square of their size.
-    "predictor_corrector": lambda path: solvers.predictor_corrector(path, solvers.churn(path), size=0.08),
+    "predictor_corrector": lambda path: solvers.predictor_corrector(path, solvers.churn(path)),
 }
 """Makers of steps with noise; the first two take the drift, the others the velocity."""
 SIGMAS = {

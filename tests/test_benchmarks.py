@@ -7,7 +7,8 @@ import sys
 import jax
 import pytest
 
-from benchmarks import networks, parallel, rows, sampling, solvers, tpu_aot, train_step
+from benchmarks import images, networks, parallel, rows, sampling, solvers, tpu_aot, train_step
+from fmjax import sampling as samplers
 
 TINY = sampling.Config(
     batches=(4,),
@@ -123,6 +124,14 @@ def test_train_step_runs(tmp_path, capsys):
     assert all("batch 2" in row["name"] and "remat" in row["name"] for row in found)
 
 
+@pytest.mark.usefixtures("compile_fast")
+def test_images_a_second():
+    config = images.Config(model="DiT-S/8", depth=1, dtype="float32", repeats=1, peers=False)
+    (found,) = finished(images.measure(config))
+    assert found["name"] == "DiT-S/8, 2 Euler steps at guidance 1.5, batch 2, float32, attention xla, 1 blocks, fmjax: images"
+    assert found["unit"] == "1/s"
+
+
 # Billions of multiplications with their additions of a forward pass (Peebles and Xie 2023, table of all models).
 PUBLISHED = {"S/8": 0.36, "S/4": 1.41, "S/2": 6.06, "B/8": 1.42, "B/4": 5.56, "B/2": 23.01}
 PUBLISHED |= {"L/8": 5.01, "L/4": 19.70, "L/2": 80.71, "XL/8": 7.39, "XL/4": 29.05, "XL/2": 118.64}
@@ -230,6 +239,9 @@ def test_solvers_err_less_with_more_evaluations(tmp_path, monkeypatch, x64):
     found = list(solvers.gaussian(config))
     error = {(row["solver"], row["grid"], row["evaluations"]): row["value"] for row in finished(found)}
     assert ("adams_bashforth 4", "uniform", 5) not in error
+    assert solvers.steps_of("heun", 5) == (3, samplers.euler)
+    # Steps that shrink towards data do more there for a method that holds data.
+    assert error["unipc 3", "quadratic", 20] < error["unipc 3", "uniform", 20]
     for solver in ("euler", "heun", "unipc 3"):
         assert error[solver, "uniform", 20] < error[solver, "uniform", 5]
     assert 0.09 < error["euler", "uniform", 5] < 0.12

@@ -25,7 +25,7 @@ import optax
 import tyro
 
 from benchmarks import rows, train_step
-from fmjax import checkpoints, losses, parallel, paths, training
+from fmjax import checkpoints, losses, parallel, paths, sampling, training
 from fmjax.data import images, pipeline
 from fmjax.models import dit
 
@@ -79,7 +79,7 @@ def small(config):
     def loss_fn(params, key, batch):
         x_1, y = batch
         key_0, key_t = jax.random.split(key)
-        x_0, t = jax.random.normal(key_0, x_1.shape), jax.random.uniform(key_t, x_1.shape[:1])
+        x_0, t = sampling.noise(key_0, x_1.shape), jax.random.uniform(key_t, x_1.shape[:1])
         return losses.flow_matching(lambda x, t: model.apply(params, x, t, y), paths.Linear(), x_0, x_1, t).mean()
 
     make = functools.partial(training.make_step, loss_fn, optimizer)

@@ -39,7 +39,7 @@ import optax
 import tyro
 
 from benchmarks import rows
-from fmjax import losses, paths, training
+from fmjax import losses, paths, sampling, training
 from fmjax.models import dit
 
 MODELS = {f"DiT-{size}/{patch}": (getattr(dit, size), patch) for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
@@ -205,7 +205,7 @@ def step(model, optimizer):
     def drawn(params, key, batch):
         x_1, y = batch
         key_0, key_t = jax.random.split(key)
-        return loss(model, params, jax.random.normal(key_0, x_1.shape), x_1, jax.random.uniform(key_t, x_1.shape[:1]), y)
+        return loss(model, params, sampling.noise(key_0, x_1.shape), x_1, jax.random.uniform(key_t, x_1.shape[:1]), y)
 
     update = training.make_step(drawn, optimizer, ema_decay=EMA_DECAY)
     return lambda state, key, batch: update(state, jax.random.fold_in(key, state.step), batch)

@@ -82,7 +82,7 @@ def main(config: Config):
     def loss_fn(params, key, batch):
         x_1, y = batch
         key_0, key_t, key_drop, key_dropout = jax.random.split(key, 4)
-        x_0, t = jax.random.normal(key_0, x_1.shape), times.stratified(key_t, len(x_1))
+        x_0, t = sampling.noise(key_0, x_1.shape), times.stratified(key_t, len(x_1))
         y = guidance.drop_labels(key_drop, y, digits.CLASSES, config.label_drop)
 
         def field(x, t):

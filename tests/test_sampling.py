@@ -145,6 +145,14 @@ def test_the_draws_of_an_example_do_not_depend_on_its_batch(key):
         assert len(np.unique(np.asarray(some))) > 0.998 * some.size
 
 
+def test_noise_is_that_of_its_shape(key):
+    """Drawn in rows, it is bit for bit what JAX draws for the shape."""
+    for shape in ((3, 4, 5, 2), (4,), (2, 3)):
+        np.testing.assert_array_equal(sampling.noise(key, shape), jax.random.normal(key, shape))
+        keys = jax.random.split(key, shape[0])
+        np.testing.assert_array_equal(sampling.noise(keys, shape), jax.vmap(lambda key, s=shape: jax.random.normal(key, s[1:]))(keys))
+
+
 def test_draws_do_not_depend_on_the_number_of_devices(key):
     sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
     shared = jax.jit(lambda key: sampling.noise(key, (64, 3)), out_shardings=sharding)(key)

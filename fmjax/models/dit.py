@@ -25,8 +25,6 @@ from fmjax.models import layers
 
 _xavier = nn.initializers.xavier_uniform()
 _zeros = nn.initializers.zeros_init()
-# Of the kernel as a matrix from a patch to its features.
-_xavier_patch = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2), out_axis=3)
 
 
 class Patches(nn.Module):
@@ -41,7 +39,7 @@ class Patches(nn.Module):
     def __call__(self, x):
         side = (self.patch, self.patch)
         first = self.bottleneck or self.width
-        h = nn.Conv(first, side, side, "VALID", use_bias=not self.bottleneck, kernel_init=_xavier_patch, dtype=self.dtype)(x)
+        h = nn.Conv(first, side, side, "VALID", use_bias=not self.bottleneck, kernel_init=layers.as_matrix(_xavier), dtype=self.dtype)(x)
         h = h.reshape(x.shape[0], -1, first)
         return layers.Dense(self.width, kernel_init=_xavier, dtype=self.dtype)(h) if self.bottleneck else h
 

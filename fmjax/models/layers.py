@@ -9,11 +9,26 @@ An encoding of the time is a module `(B,) -> (B, width)` without the network beh
 The norm of (2) and (3) is exactly 1, since cos^2 + sin^2 = 1.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
+
+
+def as_matrix(initializer):
+    """An initialiser of a convolution's kernel as the matrix from a patch to its features.
+
+    Its numbers are those of the kernel itself, but XLA compiles the drawing of a matrix in a fifth of the time.
+
+    Args:
+      initializer: (key, shape, dtype) -> an array, of matrices.
+    Returns:
+      The same for kernels (height, width, features in, features out).
+    """
+    return lambda key, shape, dtype=jnp.float32: initializer(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
 
 
 def batch_times(t, x):

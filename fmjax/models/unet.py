@@ -76,7 +76,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, h):
-        kernel = jnp.asarray(self.param("kernel", self.kernel_init, (3, 3, h.shape[-1], self.channels)), self.dtype)
+        kernel = jnp.asarray(self.param("kernel", layers.as_matrix(self.kernel_init), (3, 3, h.shape[-1], self.channels)), self.dtype)
         bias = jnp.asarray(self.param("bias", _zeros, (self.channels,)), self.dtype)
         return convolve(h.astype(self.dtype), kernel, self.stride) + bias.reshape(1, 1, 1, -1)
 

@@ -10,8 +10,8 @@ draws of the data. All on the linear path. A solver has at most the evaluations 
 
 Rows "uniform" follow equal steps, rows "quadratic" those of `times.quadratic`, which shrink towards data; rows "fitted" follow the
 grid that `times.fitted` found for that solver and number of evaluations from other noise; the map of (a) is two numbers, which a
-grid can be made to meet, so (b) and (c) say more of them. Where Heun's evaluations are odd, its last step is Euler's. diffusers'
-schedulers run on the uniform grid, as they come, in float32 with the same velocity; ratios to them are rounded to four digits.
+grid can be made to meet, so (b) and (c) say more of them. diffusers' schedulers run on the uniform grid, as they come, in float32
+with the same velocity; ratios to them are rounded to four digits.
 """
 
 import dataclasses
@@ -154,13 +154,11 @@ def fine(field, steps=2000):
 
 
 def steps_of(name, evaluations):
-    """How many steps a solver has from so many evaluations, or 0; and its last step where that is another."""
+    """How many steps a solver has from so many evaluations, or 0."""
     step, each = SOLVERS[name]
-    if name == "heun" and evaluations % 2:
-        return evaluations // 2 + 1, sampling.euler
     # Above order 3 the first step is one of rk4, with four more.
     steps = evaluations // each - (4 if name == "adams_bashforth 4" else 0)
-    return steps if steps >= (int(name[-1]) if isinstance(step, sampling.Multistep) else 1) else 0, None
+    return steps if steps >= (int(name[-1]) if isinstance(step, sampling.Multistep) else 1) else 0
 
 
 def flow(config, name, field, x_0, exact, draws, to_fit):
@@ -168,10 +166,10 @@ def flow(config, name, field, x_0, exact, draws, to_fit):
     x_1 = exact(x_0)
     for solver, (step, _) in SOLVERS.items():
         for evaluations in config.evaluations:
-            steps, last = steps_of(solver, evaluations)
+            steps = steps_of(solver, evaluations)
             if not steps:
                 continue
-            sample = jax.jit(lambda x_0, grid, step=step, last=last: sampling.sample_ode(field, x_0, grid, step=step, last=last)[0])
+            sample = jax.jit(lambda x_0, grid, step=step: sampling.sample_ode(field, x_0, grid, step=step)[0])
             grids = {"uniform": times.grid(steps), "quadratic": times.quadratic(times.grid(steps))}
             if solver in to_fit and steps > 1:
                 grids["fitted"] = fit(config, sample, exact, x_0, steps)

@@ -14,6 +14,7 @@ A finite data set is the mixture with s_k = 0. These are the oracle that everyth
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -81,20 +82,27 @@ _BLOCK_NUMBERS = 2**23
 
 
 def _posterior(path, distribution, x, t):
-    """log p_t(x), E[x_1 | x] and grad log p_t(x): (1), (4) and (3) in one pass over blocks of components."""
+    """log p_t(x), E[x_1 | x] and grad log p_t(x): (1), (4) and (3)."""
     shape = x.shape
-    x, t = x.reshape(x.shape[0], -1), paths.lift(t, x.reshape(x.shape[0], -1))
-    x = x.astype(t.dtype)
-    alpha, beta = (jnp.reshape(value, (-1, 1, 1)) for value in (path.alpha(t), path.beta(t)))
+    x = x.reshape(x.shape[0], -1)
+    t = paths.lift(t, x)
     log_weights, means, scales = _components(distribution)
     if means.shape[1] != x.shape[1]:
         raise ValueError(f"x has shape {shape}, that is {x.shape[1]} numbers an example, but the distribution has {means.shape[1]}.")
-
     block = max(1, min(len(means), _BLOCK_NUMBERS // max(1, x.size)))
+    log_p, data, score = _over_components(path.alpha(t), path.beta(t), log_weights, means, scales, x.astype(t.dtype), block)
+    return log_p, data.reshape(shape), score.reshape(shape)
+
+
+# Compiled for those who call a field outside `jit`, where each of its many operations would be compiled alone.
+@functools.partial(jax.jit, static_argnums=6)
+def _over_components(alpha, beta, log_weights, means, scales, x, block):
+    """log p_t(x), E[x_1 | x] and grad log p_t(x), in one pass over blocks of so many components."""
+    alpha, beta = (jnp.reshape(value, (-1, 1, 1)) for value in (alpha, beta))
     padding = -len(means) % block
     log_weights = jnp.pad(log_weights, (0, padding), constant_values=-jnp.inf)
     means, scales = jnp.pad(means, ((0, padding), (0, 0))), jnp.pad(scales, ((0, padding), (0, 0)), constant_values=1)
-    blocks = jax.tree.map(lambda a: a.reshape(-1, 1, block, *a.shape[1:]).astype(t.dtype), (log_weights, means, scales))
+    blocks = jax.tree.map(lambda a: a.reshape(-1, 1, block, *a.shape[1:]).astype(x.dtype), (log_weights, means, scales))
 
     def merge(carry, components):
         # A softmax over all components, block by block: sums are kept relative to the largest exponent so far.
@@ -114,12 +122,8 @@ def _posterior(path, distribution, x, t):
         return (new_largest, total, data, score), None
 
     start = (jnp.full(x.shape[0], jnp.finfo(x.dtype).min), jnp.zeros(x.shape[0], x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))
-    if block < len(means):
-        (largest, total, data, score), _ = lax.scan(merge, start, blocks)
-    else:
-        # One block needs no loop, and so no compilation where it is called outside `jit`.
-        (largest, total, data, score), _ = merge(start, jax.tree.map(lambda a: a[0], blocks))
-    return largest + jnp.log(total), (data / total[:, None]).reshape(shape), (score / total[:, None]).reshape(shape)
+    (largest, total, data, score), _ = lax.scan(merge, start, blocks)
+    return largest + jnp.log(total), data / total[:, None], score / total[:, None]
 
 
 def velocity(path, distribution):

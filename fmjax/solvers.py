@@ -12,10 +12,13 @@ rest of (1) exactly, from c to s,
     q = 1 for D - E, 1 / (1 - r) for D, -1 / r for E
 
 with l_j the polynomials that are 1 at c_j and 0 at c and at the other nodes, and the integral by Gauss's rule. Without memory
-the last two are DDIM. Nothing in (2) is infinite at noise or data, so no step falls back to a lower order there, though where D or
-E is held the last of equal steps still errs by an order more than the others: let steps shrink (`times.cosine`). Published
-methods take the polynomial in the log signal-to-noise ratio, log c / (1 - c), and fall back where that is infinite;
-`clock=log_ratio` does so here.
+the last two are DDIM. The polynomials are in a clock k(c) in which y is smooth and nowhere flat: by (1)
+
+    dD/dc = (1 - c) d(D - E)/dc,   dE/dc = -c d(D - E)/dc,   so k = (1 - c)^2 for D, c^2 for E, c for D - E.
+
+Nothing in (2) is infinite at noise or data then, and no step falls back to a lower order there. In k = c the last of equal steps
+would err by an order more than the others, since D comes to rest at data. Published methods take the log signal-to-noise
+ratio, log c / (1 - c), and fall back where that is infinite; `clock=log_ratio` does so here.
 
 With noise, sigma_t^2 = 2 kappa b_t and the notes' b_t, holding D gives for kappa constant over a step
 
@@ -106,13 +109,21 @@ def _identity(c):
     return c
 
 
-def dpm_solver_pp(path, order, *, clock=_identity):
-    """DPM-Solver++ 2M and 3M: (2) with y = D    (Lu et al. 2022b, section 4; the integral exact, the polynomial in c).
+def _squared_noise(c):
+    return (1 - c) ** 2
+
+
+def _squared_data(c):
+    return c**2
+
+
+def dpm_solver_pp(path, order, *, clock=_squared_noise):
+    """DPM-Solver++ 2M and 3M: (2) with y = D    (Lu et al. 2022b, section 4; the integral exact, the polynomial in (1 - c)^2).
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       order: how many values are used; 2 is 2M, 3 is 3M. Above 3 the first step's error stays of order 3.
-      clock: what the polynomial is in, a function of c; `log_ratio` is the paper's.
+      clock: what the polynomial is in, a function of c, by default (1 - c)^2; `log_ratio` is the paper's.
     Returns:
       A `sampling.Multistep` for `sampling.sample_ode` along a velocity: one evaluation a step.
     Raises:
@@ -121,13 +132,13 @@ def dpm_solver_pp(path, order, *, clock=_identity):
     return _multistep(path, _DATA, order, clock=clock)
 
 
-def unipc(path, order, *, clock=_identity):
+def unipc(path, order, *, clock=_squared_noise):
     """UniPC: `dpm_solver_pp` whose every step is mended once the next value is known    (Zhao et al. 2023; the integral exact).
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       order: of the predictor; the corrector's is one higher. Above 2 the first step's error stays of order 3.
-      clock: what the polynomial is in, a function of c; `log_ratio` is the paper's.
+      clock: what the polynomial is in, a function of c, by default (1 - c)^2; `log_ratio` is the paper's.
     Returns:
       A `sampling.Multistep` for `sampling.sample_ode` along a velocity: one evaluation a step.
     Raises:
@@ -136,13 +147,13 @@ def unipc(path, order, *, clock=_identity):
     return _multistep(path, _DATA, order, corrected=True, clock=clock)
 
 
-def deis(path, order, *, clock=_identity):
-    """DEIS: (2) with y = E    (Zhang and Chen 2023, section 3.2; the polynomial in c, which is t on the linear path).
+def deis(path, order, *, clock=_squared_data):
+    """DEIS: (2) with y = E    (Zhang and Chen 2023, section 3.2; the polynomial in c^2, where theirs is in t).
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       order: how many values are used; the paper's r plus 1. Above 3 the first step's error stays of order 3.
-      clock: what the polynomial is in, a function of c.
+      clock: what the polynomial is in, a function of c, by default c^2.
     Returns:
       A `sampling.Multistep` for `sampling.sample_ode` along a velocity: one evaluation a step.
     Raises:
@@ -172,14 +183,14 @@ def ancestral(path):
     return step
 
 
-def sde_dpm_solver_pp(path, *, clock=_identity):
+def sde_dpm_solver_pp(path, *, clock=_squared_noise):
     """SDE-DPM-Solver++ 2M: `ancestral` with D a line through its last two values    (Lu et al. 2022b, appendix A; the integral exact).
 
     There is none of a higher order: the last values differ by their noise, which a parabola through them would multiply.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
-      clock: what the line is in, a function of c; `log_ratio` is the paper's.
+      clock: what the line is in, a function of c, by default (1 - c)^2; `log_ratio` is the paper's.
     Returns:
       A `sampling.Multistep` for `sampling.sample_sde` along a velocity and any sigma: one evaluation a step.
     Raises:

@@ -74,9 +74,14 @@ def coefficients(path, t, *, source, target):
     t = jnp.asarray(t, jnp.result_type(float, t))
     if source is target:
         return jnp.zeros_like(t), jnp.ones_like(t)
-    alpha, beta = path.alpha(t), path.beta(t)
-    a, b, scale = _unit(*source(path, t))
-    c, d = target(path, t)
+    return _solve(path.alpha(t), path.beta(t), *source(path, t), *target(path, t))
+
+
+# Compiled for those who convert outside `jit`, where each of its many operations would be compiled alone.
+@jax.jit
+def _solve(alpha, beta, a, b, c, d):
+    """The p and q of (2), from the row of x, of the source and of the target."""
+    a, b, scale = _unit(a, b)
     p, q = c * b - d * a, alpha * d - beta * c
     # Parallel rows need no solve, and at the ends of a path the solve would divide zero by zero there. Elsewhere both ways must
     # be right, each without the other: a compiler may round the same p to 0 in one place and not in the next.

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from benchmarks import images, networks, parallel, rows, sampling, solvers, tpu_aot, train_step
@@ -89,17 +88,7 @@ def test_command(tmp_path):
     assert all(check(line)["name"].startswith("sample_ode") for line in printed.splitlines())
 
 
-@pytest.fixture
-def compile_fast():
-    """Programs are compiled as they come, since nobody looks at their speed."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.convolution])
-@pytest.mark.usefixtures("compile_fast")
 def test_part_of_networks_runs(part, monkeypatch):
     if part is networks.scan:
         # Compiles in a fraction of the time; the train step itself is compiled by the other part.
@@ -111,7 +100,6 @@ def test_part_of_networks_runs(part, monkeypatch):
     assert all(row["value"] < 1e-5 for row in found if row["name"].endswith("largest difference"))
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_train_step_runs(tmp_path, capsys):
     out = tmp_path / "folder" / "train_step.jsonl"
     config = train_step.Config(model="DiT-S/8", depth=1, dtype="float32", remat=True, repeats=1, peers=False)
@@ -123,7 +111,6 @@ def test_train_step_runs(tmp_path, capsys):
     assert all("batch 2" in row["name"] and "remat" in row["name"] for row in found)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_images_a_second():
     config = images.Config(model="DiT-S/8", depth=1, dtype="float32", repeats=1, peers=False)
     (found,) = finished(images.measure(config))
@@ -165,7 +152,6 @@ def test_peak_by_the_name_of_the_device(kind, peak):
 
 
 @pytest.mark.parametrize("part", [parallel.loop, parallel.ways, parallel.stall, parallel.pictures])
-@pytest.mark.usefixtures("compile_fast")
 def test_part_of_parallel_runs(part):
     config = parallel.Config(
         batch=2, width=16, every=2, model="DiT-S/8", depth=1, rows=2, saves=1, examples=512, seconds=0.0, repeats=2, precision=1.0

@@ -36,7 +36,7 @@ import optax
 import tyro
 
 from benchmarks import rows, train_step
-from fmjax import training
+from fmjax import sampling, training
 from fmjax.models import unet
 
 UNIT = "max abs difference / max abs"
@@ -147,7 +147,7 @@ def convolution(config):
     torch = importlib.import_module("torch") if beside_torch(config, convolution) else None
     for side, channels in ((28, 32), (14, 64), (7, 128)):
         keys = jax.random.split(jax.random.key(config.seed), 3)
-        x, g = (jax.random.normal(key, (config.batch, side, side, channels)) for key in keys[:2])
+        x, g = (sampling.noise(key, (config.batch, side, side, channels)) for key in keys[:2])
         kernel = jax.random.normal(keys[2], (3, 3, channels, channels)) / np.sqrt(9 * channels)
 
         def gradient(convolve, x, kernel, g):
@@ -193,7 +193,7 @@ def beside(config, name, model, shape, twin):
 
     torch, packages = pytorch.torch, ("torch",)
     keys = jax.random.split(jax.random.key(config.seed), 7)
-    x_0, x_1 = (jax.random.normal(key, (config.batch, *shape)) for key in keys[:2])
+    x_0, x_1 = (sampling.noise(key, (config.batch, *shape)) for key in keys[:2])
     t, y = jax.random.uniform(keys[2], (config.batch,)), jax.random.randint(keys[3], (config.batch,), 0, model.classes)
     params = randomized(keys[5], jax.jit(model.init)(keys[4], x_0, t, y))
     network = pytorch.load(getattr(pytorch, twin)(model, shape), params)

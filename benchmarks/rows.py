@@ -186,9 +186,10 @@ def spread(wall):
     return max((np.subtract(*interval(ratios)[::-1]) / (2 * np.median(ratios)) for ratios in rounds.T), default=0.0)
 
 
-def compilations(config, functions, arguments, precision=0.05, most=5):
+def compilations(config, functions, arguments, most=5):
     """Seconds to trace and compile each function, and processor seconds, (n, 1, functions) both, in turns, each time as a new
-    function; and the programs of the last time. n is `compiles`, and up to `most` times as many while the ratios scatter."""
+    function; and the programs of the last time. n is `compiles`, and up to `most` times as many while the ratios scatter by more
+    than 5%, or than `precision` where that is coarser."""
 
     def once(function, arguments):
         fresh = jax.jit(lambda *arguments: function(*arguments))
@@ -197,8 +198,12 @@ def compilations(config, functions, arguments, precision=0.05, most=5):
         return (time.perf_counter() - start, time.process_time() - start_cpu), compiled
 
     rounds, programs = [], []
-    while len(rounds) <= config.compiles or (
-        len(rounds) <= most * config.compiles and spread(np.array(rounds)[1:, None, :, 0]) > precision  # The first is not counted.
+    while (
+        len(rounds) <= config.compiles
+        or (
+            len(rounds) <= most * config.compiles  # The first is not counted.
+            and spread(np.array(rounds)[1:, None, :, 0]) > max(0.05, config.precision)
+        )
     ):
         order = range(len(functions))[:: -1 if len(rounds) % 2 else 1]
         found = {j: once(functions[j], arguments[j]) for j in order}

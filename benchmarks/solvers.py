@@ -1,7 +1,7 @@
 """Error against evaluations for every solver: a JSON file of rows, and a picture.
 
     python -m benchmarks.solvers --out results/solvers.json
-    make bench-solvers ARGS="--out results/solvers.json"        the same beside diffusers' schedulers; about 15 minutes on two cores
+    make bench-solvers ARGS="--out results/solvers.json"        the same beside diffusers' schedulers; about an hour on two cores
 
 Four flows: (a) of one Gaussian in one dimension, whose map is known; (b) of a mixture in the plane and (c) in 64 dimensions,
 from the exact velocity and against a fine solution; (d) of the digits that `make demo` learnt to draw, against its own fine
@@ -247,29 +247,34 @@ def verdicts(config, ours, theirs):
             yield row(what, of_best, "ratio", most=0.5, solvers=[best, best_other], packages=packages)
 
 
+DOTTED = {"mixture": "fitted", "mixture_64": "fitted", "digits": "quadratic"}
+"""The grid of the picture's dotted lines; the grids that are fitted to (a) would leave no room for the rest."""
+
+
 def draw(file, rows):
-    """A panel a flow, a line a solver."""
+    """A panel a flow, a line a solver: solid on the uniform grid, dotted on another."""
     from matplotlib.figure import Figure
 
     rows = [one for one in rows if one["unit"] == "mean absolute error"]
     flows = list(dict.fromkeys(one["flow"] for one in rows))
-    figure = Figure(figsize=(5.2 * len(flows), 5), layout="constrained")
-    colours = {solver: f"C{i % 10}" for i, solver in enumerate(SOLVERS)}
+    figure = Figure(figsize=(4.4 * len(flows), 5), layout="constrained")
     handles = {}
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(flows))), flows, strict=True):
-        for solver in dict.fromkeys((one["solver"], one["grid"]) for one in rows if one["flow"] == name):
-            points = [(one["evaluations"], one["value"]) for one in rows if (one["flow"], one["solver"], one["grid"]) == (name, *solver)]
-            kind, grid = solver
-            theirs = kind in NAMESAKES
-            if grid == "quadratic":
+        dotted = DOTTED.get(name)
+        for solver, grid in dict.fromkeys((one["solver"], one["grid"]) for one in rows if one["flow"] == name):
+            if grid not in ("uniform", dotted):
                 continue
-            style = (
-                {"color": "0.6", "linestyle": "--"} if theirs else {"color": colours[kind], "linestyle": ":" if grid == "fitted" else "-"}
-            )
-            marker = "x" if theirs else "osv^"[list(SOLVERS).index(kind) // 4]
-            (line,) = axes.loglog(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1, **style)
-            handles.setdefault("diffusers" if theirs else f"{kind}, fitted grid" if grid == "fitted" else kind, line)
-        axes.set(title=name, xlabel="evaluations", ylabel="mean absolute error")
+            points = [
+                (one["evaluations"], one["value"]) for one in rows if (one["flow"], one["solver"], one["grid"]) == (name, solver, grid)
+            ]
+            if solver in NAMESAKES:
+                label, style = "diffusers", {"color": "0.6", "linestyle": "--", "marker": "x"}
+            else:
+                number = list(SOLVERS).index(solver)
+                label, style = solver, {"color": f"C{number % 10}", "marker": "osv^"[number // 4]}
+            axes.loglog(*zip(*points, strict=True), markersize=4, linewidth=1, **{"linestyle": "-" if grid == "uniform" else ":", **style})
+            handles.setdefault(label, axes.lines[-1])
+        axes.set(title=f"{name}; dotted: {dotted} grid" if dotted else name, xlabel="evaluations", ylabel="mean absolute error")
         ticks = sorted({one["evaluations"] for one in rows})
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()

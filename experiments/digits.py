@@ -100,7 +100,9 @@ def main(config: Config):
 
         yield from map(take, range(config.steps))
 
-    state = training.init(model.init(key_init, train[:1], 0.5, train_labels[:1]), optimizer)
+    def initial():
+        return training.init(model.init(key_init, train[:1], 0.5, train_labels[:1]), optimizer)
+
     checkpoint = config.folder / "checkpoint"
     if config.train:
         (config.folder / "config.json").write_text(
@@ -108,10 +110,10 @@ def main(config: Config):
         )
         step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
         save = functools.partial(checkpoints.save, checkpoint)
-        state, history = training.fit(step, state, batches(), key_train, steps=config.steps, every=25, save=save)
+        state, history = training.fit(step, initial(), batches(), key_train, steps=config.steps, every=25, save=save)
         pictures.loss(config.folder / "loss.png", history, "flow matching loss a pixel")
     else:
-        state = checkpoints.restore(checkpoint, state)
+        state = checkpoints.restore(checkpoint, jax.eval_shape(initial))
     trained = time.perf_counter()
 
     grid = times.grid(config.sampling_steps)

@@ -84,8 +84,11 @@ def network(run):
     model = dit.DiT(patch, width, depth, heads, digits.CLASSES, dropout=settings["dropout"])
     # The optimiser's state has its shape whatever the schedule.
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(0.0)))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), 0.5, jnp.zeros(1, int))
-    params = checkpoints.restore(run / "checkpoint", training.init(params, optimizer)).ema
+
+    def initial(key):
+        return training.init(model.init(key, jnp.zeros((1, 8, 8, 1)), 0.5, jnp.zeros(1, int)), optimizer)
+
+    params = checkpoints.restore(run / "checkpoint", jax.eval_shape(initial, jax.random.key(0))).ema
     return lambda x, t, y: model.apply(params, x, t, y)
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from benchmarks import images, networks, parallel, rows, sampling, solvers, tpu_aot, train_step
@@ -21,11 +22,22 @@ TINY = sampling.Config(
     solver_steps=4,
     seconds=0.0,
     repeats=2,
+    precision=1.0,
     compiles=1,
     peers=False,
 )
-FLAGS = ["--batches=4", "--steps=3", "--width=8", "--depth=1", "--seconds=0", "--repeats=2", "--compiles=1", "--no-peers"]
+pytestmark = pytest.mark.usefixtures("compile_fast")
+FLAGS = ["--batches=4", "--steps=3", "--width=8", "--depth=1", "--seconds=0", "--repeats=2", "--precision=1", "--compiles=1", "--no-peers"]
 FIELDS = {"name", "value", "unit", "device", "versions", "commit"}
+
+
+@pytest.fixture
+def compile_fast():
+    """Programs are compiled as they come, since nobody looks at their speed."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def check(line):
@@ -94,7 +106,9 @@ def test_part_of_networks_runs(part, monkeypatch):
         # Compiles in a fraction of the time; the train step itself is compiled by the other part.
         monkeypatch.setattr(networks, "step", networks.forward)
     few = ("DiT-S/8",)
-    config = networks.Config(scan_models=few, remat_models=few, depth=1, batch=2, seconds=0.0, repeats=2, compiles=1, peers=False)
+    config = networks.Config(
+        scan_models=few, remat_models=few, depth=1, batch=2, seconds=0.0, repeats=2, precision=1.0, compiles=1, peers=False
+    )
     found = finished(part(config))
     assert any(row["unit"] == "ratio" for row in found)
     assert all(row["value"] < 1e-5 for row in found if row["name"].endswith("largest difference"))

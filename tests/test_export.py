@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fmjax import export, guidance, sampling, solvers, times
-from fmjax.models import dit
+from fmjax.models import dit, unet
 from fmjax.paths import Linear
 
 RUN = """
@@ -50,6 +50,18 @@ def test_a_fresh_process_without_fmjax_samples_the_same(sampler, key, tmp_path):
     loaded = export.load(tmp_path / "deep" / "sampler.jax")
     np.testing.assert_allclose(loaded(x_0[:2], y[:2]), jax.jit(sampler)(x_0[:2], y[:2]), rtol=1e-4, atol=1e-5)
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["sampler.jax"]
+
+
+def test_a_unet_takes_any_batch(key, tmp_path):
+    """Its groups and convolutions are reshaped by the batch, whose size the file leaves open."""
+    model = unet.UNet(width=4, multipliers=(1, 2), blocks=1, attention=(2,), head_width=4, groups=2)
+    x = sampling.noise(key, (5, 4, 4, 1))
+    shapes = jax.eval_shape(model.init, key, x, 0.5)
+    params = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), shapes)
+    export.save(tmp_path / "unet.jax", lambda x: model.apply(params, x, 0.5), x)
+    velocity = export.load(tmp_path / "unet.jax")
+    for n in (1, 5):
+        np.testing.assert_allclose(velocity(x[:n]), jax.jit(model.apply)(params, x[:n], 0.5), rtol=1e-4, atol=1e-5)
 
 
 def test_noise_from_a_seed(key, tmp_path):

@@ -26,7 +26,7 @@ def loss_fn(model, params, key, batch):
     """Flow matching that draws its noise and its times."""
     x_1, y = batch
     key_0, key_t = jax.random.split(key)
-    return of_drawn(model, params, jax.random.normal(key_0, x_1.shape), x_1, jax.random.uniform(key_t, x_1.shape[:1]), y)
+    return of_drawn(model, params, sampling.noise(key_0, x_1.shape), x_1, jax.random.uniform(key_t, x_1.shape[:1]), y)
 
 
 def of_drawn(model, params, x_0, x_1, t, y):

@@ -13,6 +13,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import train_step
 from fmjax import guidance, sampling
 from fmjax.models import dit, layers, mlp, unet
 
@@ -321,17 +322,17 @@ def test_dit_widths(width, heads):
         shapes(NETWORKS["dit"].clone(width=width, heads=heads), X, T, Y)
 
 
-def with_scan(name, params):
-    """The same network with remat, its layers scanned where it can, and the same parameters."""
+def with_scan(name, remat):
+    """The same network with its layers scanned where it can, and how its parameters come from the other's."""
     if name in HALVED:
-        return NETWORKS[name].clone(remat=True), lambda params: params
-    return NETWORKS[name].clone(remat=True, scan=True), functools.partial(dit.stack, start=NETWORKS[name].tokens_start)
+        return NETWORKS[name].clone(remat=remat), lambda params: params
+    return NETWORKS[name].clone(remat=remat, scan=True), functools.partial(dit.stack, start=NETWORKS[name].tokens_start)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_remat_and_scan_change_no_gradient(applied, gradients, name):
+@pytest.mark.parametrize(("name", "remat"), [("dit", False), *((name, True) for name in ONE_OF_EACH)])
+def test_remat_and_scan_change_no_gradient(applied, gradients, name, remat):
     (out, grads), params = gradients[name], applied[name][0]
-    model, stack = with_scan(name, params)
+    model, stack = with_scan(name, remat)
     stacked = stack(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes(model, X, T, Y), jax.eval_shape(lambda: stacked))
     again, again_grads = gradient_of(model, stacked)
@@ -342,12 +343,25 @@ def test_remat_and_scan_change_no_gradient(applied, gradients, name):
         chex.assert_trees_all_equal(dit.unstack(stacked), params)
 
 
-@pytest.mark.parametrize(("remat", "scan", "times"), [(False, False, 0), (True, False, 2), (True, True, 1)])
+@pytest.mark.parametrize(("remat", "scan", "times"), [(False, False, 0), (True, False, 2), (False, True, 1), (True, True, 1)])
 def test_remat_is_one_a_block(applied, remat, scan, times):
     model, params = NETWORKS["dit"].clone(remat=remat, scan=scan), applied["dit"][0]
     program = jax.make_jaxpr(model.apply)(dit.stack(params) if scan else params, X, T, Y)
     assert str(program).count("prevent_cse") == times
     assert str(program).count(f"prevent_cse={not scan}") == times
+
+
+def test_a_loop_keeps_less_than_the_blocks_one_by_one():
+    x, t, y = train_step.arguments((4, 16, 16, 4))
+
+    def temporary(**fields):
+        model = dit.DiT(patch=2, width=64, depth=4, heads=2, classes=4, **fields)
+        gradient = quick_jit(jax.grad(lambda params, *given: (model.apply(params, *given) ** 2).sum()))
+        return train_step.memory(gradient.lower(shapes(model, x, t, y), x, t, y).compile()).temp_size_in_bytes
+
+    alone, loop = temporary(), temporary(scan=True)
+    print(f"temporary bytes of a gradient: unrolled {alone}, scan {loop}")
+    assert loop < 0.7 * alone
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -172,7 +172,8 @@ class DiT(nn.Module):
     remat: bool = False
     """Whether to recompute each block in the backward pass rather than to keep its activations."""
     scan: bool = False
-    """Whether to compile one block and loop over it, its parameters stacked (see `stack`)."""
+    """Whether to compile one block and loop over it, its parameters stacked (see `stack`). Without `remat`, the backward pass finds the
+    products of its layers and computes the rest again."""
 
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True):
@@ -213,7 +214,12 @@ class DiT(nn.Module):
     def _blocks(self, h, c, rows, columns, tokens, indices, deterministic):
         """The blocks of those indices."""
         angles = layers.rotary_angles(rows, columns, self.width // self.heads, tokens) if self.rotary else None
-        module = nn.remat(Block, static_argnums=(4,), prevent_cse=not self.scan) if self.remat else Block
+        module = Block
+        if self.remat or self.scan:
+            # A loop keeps all that its backward pass reads, where the compiler computes much of it again in blocks one by one. So only
+            # the products of a loop are kept, but for those of attention, which grow with the square of the tokens.
+            keep = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            module = nn.remat(Block, static_argnums=(4,), prevent_cse=not self.scan, policy=keep)
         fields = (self.heads, self.mlp_ratio, self.dropout, self.norm, self.qk_norm, self.perceptron, self.dtype, self.attention)
         block = functools.partial(module, *fields)
         if not self.scan:

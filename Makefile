@@ -8,7 +8,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-parallel tpu-aot env lock clean
+.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-parallel tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -54,12 +54,21 @@ bench-parallel: $(READY)  ## what the loop, the ways and the checkpoints cost
 	$(RUN) -m benchmarks.parallel $(ARGS)
 
 tpu-aot: .venv.tpu/ready  ## compiles train steps for real TPUs without one: memory, collectives, an estimate of the step
-	.venv.tpu/bin/python -m benchmarks.tpu_aot $(ARGS)
+	.venv.tpu/bin/python -m benchmarks.aot $(ARGS)
+
+gpu-aot: .venv.gpu/ready  ## the same for GPUs
+	.venv.gpu/bin/python -m benchmarks.aot --platform cuda $(ARGS)
 
 .venv.tpu/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv.tpu
 	.venv.tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock "libtpu==0.0.42.*"
 	.venv.tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv.gpu/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv.gpu
+	.venv.gpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock "jax[cuda12]==0.10.2"
+	.venv.gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 .venv.peers/ready: requirements.lock pyproject.toml benchmarks/peers.txt
@@ -75,4 +84,4 @@ lock:  ## pins the newest versions that pyproject.toml allows, for every support
 		--upgrade pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv .venv-* .venv.peers .venv.tpu runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* .venv.peers .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info

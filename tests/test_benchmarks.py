@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import images, networks, parallel, rows, sampling, solvers, tpu_aot, train_step
+from benchmarks import aot, images, networks, parallel, rows, sampling, solvers, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -199,14 +199,17 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_goes_round():
-    assert tpu_aot.collectives(COMPILED) == {
+    assert aot.collectives(COMPILED) == {
         "all-reduce": 28 * (4 * 2 + 2) * 2 + 4,
         # Once, though a piece of it stands elsewhere too.
         "all-gather": 28 * 16 * 8 * 4,
         "collective-permute": 12,
     }
     with pytest.raises(ValueError, match="rounds of a loop cannot be read from its condition, condition"):
-        tpu_aot.collectives(COMPILED.replace("constant(28)", "parameter(0)"))
+        aot.collectives(COMPILED.replace("constant(28)", "parameter(0)"))
+    known = 'body=%body, backend_config={"known_trip_count":{"n":"28"}}'
+    text = COMPILED.replace("constant(28)", "parameter(0)").replace("body=%body", known)
+    assert aot.collectives(text) == aot.collectives(COMPILED)
 
 
 @pytest.mark.parametrize(
@@ -217,16 +220,16 @@ def test_collectives_of_a_loop_count_as_often_as_it_goes_round():
     ],
 )
 def test_a_program_that_does_not_fit(message):
-    assert tpu_aot.too_large(RuntimeError(message)) == {"fits": False, "needs on a chip, GB": 21.5, "of, GB": 16.9}
+    assert aot.too_large(RuntimeError(message)) == {"fits": False, "needs on a chip, GB": 21.5, "of, GB": 16.9}
     with pytest.raises(RuntimeError, match="no such thing"):
-        tpu_aot.too_large(RuntimeError("no such thing as 3.00G"))
+        aot.too_large(RuntimeError("no such thing as 3.00G"))
 
 
 def test_bytes_on_the_wire():
-    assert tpu_aot.on_the_wire("all-reduce", 80.0, 8) == 140.0
-    assert tpu_aot.on_the_wire("all-gather", 80.0, 8) == 70.0
-    assert tpu_aot.on_the_wire("reduce-scatter", 10.0, 8) == 70.0
-    assert tpu_aot.on_the_wire("collective-permute", 10.0, 8) == 10.0
+    assert aot.on_the_wire("all-reduce", 80.0, 8) == 140.0
+    assert aot.on_the_wire("all-gather", 80.0, 8) == 70.0
+    assert aot.on_the_wire("reduce-scatter", 10.0, 8) == 70.0
+    assert aot.on_the_wire("collective-permute", 10.0, 8) == 10.0
 
 
 def test_solvers_err_less_with_more_evaluations(tmp_path, monkeypatch, x64):

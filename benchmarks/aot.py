@@ -143,7 +143,8 @@ PROGRAMS = (
     # As benchmarks.train_step trains where there is a GPU.
     Program("h100:1", "DiT-XL/2", "replicated", 128, remat=False),
     Program("h100:1", "DiT-XL/2", "replicated", 128, remat=False, scan=False),
-    Program("h100:1", "DiT-XL/2", "replicated", 128),
+    Program("h100:1", "DiT-XL/2", "replicated", 256, remat=False),
+    Program("h100:1", "DiT-XL/2", "replicated", 256),
     Program("h100:8", "DiT-XL/2", "replicated", 1024, remat=False),
     Program("h100:8", "DiT-XL/2", "fully_sharded", 1024, remat=False),
     Program("h100:8", "DiT-3B/2", "fully_sharded", 512),

@@ -125,7 +125,7 @@ CONFIGS = {
             sampling_steps=10,
         ),
     ),
-    "gpu": ("One GPU of 80 GB: SiT-XL/2.", Config(RUNS / "gpu", attention="cudnn")),
+    "gpu": ("One GPU of 80 GB: SiT-XL/2.", Config(RUNS / "gpu", attention="cudnn", accumulate=2)),
     "gpus": ("Eight GPUs: SiT-XL/2, its state in eight parts.", Config(RUNS / "gpus", way="fully_sharded", attention="cudnn", batch=1024)),
     "pod": ("A TPU pod: SiT-XL/2.", Config(RUNS / "pod", way="fully_sharded", batch=2048, remat=True, distributed=True)),
 }
@@ -234,6 +234,7 @@ def main(config: Config):
             callbacks=[look, *writers, save],
             save=save,
             trace=config.folder / "trace" if config.trace else None,
+            donate=True,
         )
 
     draw(state, "samples.png")

@@ -156,7 +156,7 @@ def _accumulated(value_and_grad, count):
     return run
 
 
-def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None, progress=True, trace=None):
+def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None, progress=True, trace=None, donate=False):
     """Trains until the state has taken `steps` steps, from wherever it is.
 
     Step n draws from `fold_in(key, n)`. The loop waits for the device once every `every` steps. A process that is told to
@@ -164,7 +164,8 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
 
     Args:
       step: (state, key, batch) -> (state, metrics), as `make_step` makes it; it is compiled here.
-      state: where to start; a copy is trained, so the state given stays whole. Arrays stay on the devices that they are on.
+      state: where to start; a copy is trained, so the state given stays whole, unless `donate`. Arrays stay on the devices that
+        they are on.
       batches: an iterable of batches.
       key: a typed key.
       steps: the number of steps that the state has at the end.
@@ -174,6 +175,8 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
         the last good state), and when it is interrupted.
       progress: whether to show a bar with the loss, steps a second and the time left.
       trace: a folder for a trace by `jax.profiler` of the second `every` steps, which TensorBoard and Perfetto show.
+      donate: whether training takes the memory of the state given, whose arrays (and the parameters that `init` was given) are
+        deleted then, rather than copy it: a large model has no room for two.
     Returns:
       The state, and the history: rows with `step` and the mean of every metric since the row before.
     Raises:
@@ -188,7 +191,8 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
         alive &= jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
         return jax.tree.map(lambda new, old: jnp.where(alive, new, old), new, state), alive, metrics
 
-    state = jax.tree.map(jnp.copy, state)
+    if not donate:
+        state = jax.tree.map(jnp.copy, state)
     stay = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else None, state)
     take = jax.jit(take, donate_argnums=0, out_shardings=(stay, stay.step, None))
     # On the devices of the state, as it comes back from a step: another placement would compile the step again.

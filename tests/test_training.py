@@ -238,6 +238,14 @@ def test_fit_is_the_step_in_a_loop():
     )
 
 
+def test_fit_trains_in_the_memory_of_a_donated_state():
+    step, kept, given = training.make_step(noisy_loss, MOMENTUM), training.init(params(), MOMENTUM), training.init(params(), MOMENTUM)
+    states = [fit(step, state, batches(), steps=3, donate=state is given)[0] for state in (kept, given)]
+    assert_equal(*states)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
+
+
 def test_fit_gives_a_step_the_key_of_its_number():
     _, history = fit(counting, training.init(params(), SGD), iter(np.arange(4.0, dtype=np.float32)), steps=4, every=1)
     drawn = [jax.random.uniform(jax.random.fold_in(KEY, n)) for n in range(4)]

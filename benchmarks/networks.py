@@ -6,7 +6,8 @@
 What a row says, and how it is measured, is at the head of `benchmarks/rows.py`. The parts, which `--only` picks:
 
 - `scan`: what the loop over the blocks saves: compile time and the length of the compiled program, over the unrolled network's.
-- `remat`: what recomputing the blocks saves: temporary memory of the train step, as the compiler counts it.
+- `remat`: what a loop and recomputing the blocks save: temporary memory of the train step, as the compiler counts it.
+- `loop`: what these cost: the train step's run time.
 - `convolution`: the gradient of a 3 x 3 convolution, `unet.convolve` over XLA's own, and PyTorch over it.
 - `transformer` and `lab_unet`: PyTorch's run time over fmjax's, so above 1 where fmjax is faster. The twins in
   `benchmarks/pytorch.py` have the same weights; the rows "largest difference" come first and say that outputs and gradients are
@@ -51,7 +52,7 @@ class Config:
     scan_models: tuple[str, ...] = ("DiT-XL/2",)
     """Transformers that are compiled as a loop and unrolled."""
     remat_models: tuple[str, ...] = ("DiT-S/4", "DiT-B/2")
-    """Transformers whose train step is compiled with and without recomputing."""
+    """Transformers whose train step is compiled unrolled, as a loop, and recomputed."""
     model: str = "DiT-S/4"
     """The transformer that runs beside PyTorch's."""
     depth: int | None = None
@@ -83,7 +84,7 @@ def main(config: Config):
 
 def chosen(config):
     """The parts to measure."""
-    parts = [scan, remat, convolution, transformer, lab_unet]
+    parts = [scan, remat, loop, convolution, transformer, lab_unet]
     if config.only:
         parts = [part for part in parts if part.__name__ in config.only]
     return [part for part in parts if part not in (transformer, lab_unet) or beside_torch(config, part)]
@@ -94,7 +95,9 @@ def beside_torch(config, part):
     return config.peers and rows.ready(part, ("torch",), "bench-networks")
 
 
-# Against themselves. Shapes are enough to compile, so no weights are made.
+# Against themselves. Shapes are enough to compile, so no weights are made, but for what runs.
+
+WAYS = {"unrolled": {}, "scan": {"scan": True}, "scan and remat": {"scan": True, "remat": True}}
 
 
 def scan(config):
@@ -125,18 +128,33 @@ def step(model, batch):
 
 
 def remat(config):
-    """Temporary memory of a train step that recomputes its blocks over that of one that keeps what they gave."""
+    """Temporary memory of a train step by what its backward pass keeps."""
     for name in config.remat_models:
         against = f"{name} train step, batch {config.batch}"
-        temporary = []
-        for remat in (True, False):
-            function, arguments = step(train_step.network(name, config.depth, scan=True, remat=remat), config.batch)
+        temporary = {}
+        for how, fields in WAYS.items():
+            function, arguments = step(train_step.network(name, config.depth, **fields), config.batch)
             # Donated, as in training: else the compiler puts temporaries where the new state goes.
             compiled = jax.jit(function, donate_argnums=0).lower(*arguments).compile()
-            temporary.append(train_step.memory(compiled).temp_size_in_bytes)
-            which = "with remat" if remat else "without remat"
-            yield rows.row(f"{against}, {which}: temporary memory", temporary[-1] / 2**20, "MiB")
-        yield rows.row(f"{against}, remat over none: temporary memory", temporary[0] / temporary[1], "ratio")
+            temporary[how] = train_step.memory(compiled).temp_size_in_bytes
+            yield rows.row(f"{against}, {how}: temporary memory", temporary[how] / 2**20, "MiB")
+        yield rows.row(f"{against}, scan over unrolled: temporary memory", temporary["scan"] / temporary["unrolled"], "ratio")
+        yield rows.row(f"{against}, scan and remat over scan: temporary memory", temporary["scan and remat"] / temporary["scan"], "ratio")
+
+
+def loop(config):
+    """Run time of a train step by what its backward pass keeps."""
+    keys, one = jax.random.split(jax.random.key(config.seed), 4), train_step.arguments((1, *train_step.SHAPE))
+    batch = sampling.noise(keys[0], (config.batch, *train_step.SHAPE)), jax.random.randint(keys[1], (config.batch,), 0, train_step.CLASSES)
+    calls = []
+    for fields in WAYS.values():
+        model = train_step.network(config.model, config.depth, **fields)
+        params = jax.jit(lambda key, model=model: model.init(key, *(jnp.zeros(x.shape, x.dtype) for x in one)))(keys[2])
+        calls.append(trainer(model, params, keys[3], batch))
+    timed = rows.in_turns(config, [lambda call=call: call for call in calls])
+    name = f"{config.model} train step, batch {config.batch}"
+    yield rows.ratio(f"{name}, scan over unrolled: run time", timed, 1, 0)
+    yield rows.ratio(f"{name}, scan and remat over scan: run time", timed, 2, 1)
 
 
 # Against PyTorch. It is imported only where it is installed.

@@ -100,14 +100,16 @@ def test_command(tmp_path):
     assert all(check(line)["name"].startswith("sample_ode") for line in printed.splitlines())
 
 
-@pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.convolution])
+@pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.loop, networks.convolution])
 def test_part_of_networks_runs(part, monkeypatch):
     if part is networks.scan:
         # Compiles in a fraction of the time; the train step itself is compiled by the other part.
         monkeypatch.setattr(networks, "step", networks.forward)
+    if part is networks.loop:
+        monkeypatch.setattr(networks, "trainer", lambda model, params, key, batch: lambda: params)
     few = ("DiT-S/8",)
     config = networks.Config(
-        scan_models=few, remat_models=few, depth=1, batch=2, seconds=0.0, repeats=2, precision=1.0, compiles=1, peers=False
+        scan_models=few, remat_models=few, model="DiT-S/8", depth=1, batch=2, seconds=0.0, repeats=2, precision=1.0, compiles=1, peers=False
     )
     found = finished(part(config))
     assert any(row["unit"] == "ratio" for row in found)

@@ -1,7 +1,7 @@
 """Strict everywhere: warnings are errors (pyproject.toml), ranks never promote, and there are eight CPU devices.
 
-Compiled programs are kept in .pytest_cache/ for the processes that tests start and for the next run, since most of the time is
-compilation; each of pytest's workers has a folder of its own, because JAX writes there without a lock.
+Compiled programs are kept in .pytest_cache/ for pytest's other workers, for the processes that tests start and for the next run,
+since most of the time is compilation. JAX writes there without a lock; who reads a half-written program compiles it (pyproject.toml).
 """
 
 import os
@@ -9,8 +9,7 @@ from pathlib import Path
 
 # Before jax is imported: emulated devices starve each other on few cores otherwise (jax <= 0.11).
 os.environ.setdefault("PJRT_NPROC", "16")
-FOLDER = Path(__file__).parent.parent / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(FOLDER))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax

@@ -206,7 +206,9 @@ def test_marginals(solver, sigma, key):
     key_0, key_noise = jax.random.split(key)
     # Drifts are infinite at data, and the natural sigma at noise.
     start = 1e-3 if sigma == "natural" else 0.0
-    grid = start + (1 - start) * jnp.sin(jnp.linspace(0, jnp.pi / 2, 301))
+    # Euler-Maruyama and the ancestral step err in proportion to their size, the others less.
+    steps = 300 if step is sampling.euler_maruyama or solver == "ancestral" else 100
+    grid = start + (1 - start) * jnp.sin(jnp.linspace(0, jnp.pi / 2, steps + 1))
     last = sampling.mean if step is sampling.stochastic_heun else None
     x_0 = jax.random.normal(key_0, (n, 2))
     x = jax.jit(lambda key, x_0: sampling.sample_sde(field, coefficient, key, x_0, grid, step=step, last=last)[0])(key_noise, x_0)

@@ -110,7 +110,7 @@ def main(config: Config):
         )
         step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
         save = functools.partial(checkpoints.save, checkpoint)
-        state, history = training.fit(step, initial(), batches(), key_train, steps=config.steps, every=25, save=save)
+        state, history = training.fit(step, jax.jit(initial)(), batches(), key_train, steps=config.steps, every=25, save=save)
         pictures.loss(config.folder / "loss.png", history, "flow matching loss a pixel")
     else:
         state = checkpoints.restore(checkpoint, jax.eval_shape(initial))

@@ -112,7 +112,7 @@ def main(config: Config):
         weight = targets.weight(path, t, source=target, target=measured)
         return (weight * losses.denoising(field(params), path, x_0, x_1, t, target=target)).mean()
 
-    state = training.init(model.init(key_init, jnp.zeros((1, 2)), 0.5), optimizer)
+    state = training.init(jax.jit(model.init)(key_init, jnp.zeros((1, 2)), 0.5), optimizer)
     step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
     save = functools.partial(checkpoints.save, config.folder / "checkpoint")
     state, history = training.fit(

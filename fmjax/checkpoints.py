@@ -41,7 +41,8 @@ def save(folder, state):
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The old checkpoint goes only once the new one is whole.
     new, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
-    ocp.save(str(new), state, overwrite=True)
+    with _settings():
+        ocp.save(str(new), state, overwrite=True)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -147,7 +148,8 @@ class Series:
             if step not in self.steps():
                 self._finish()
                 self._require_writable()
-                self._pending = self._checkpointer.save_async(step, state, force=True, metrics=row, custom_metadata=beside)
+                with _settings():
+                    self._pending = self._checkpointer.save_async(step, state, force=True, metrics=row, custom_metadata=beside)
             if wait:
                 self._finish()
         except Exception as error:
@@ -213,6 +215,14 @@ class Series:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+
+def _settings():
+    """Orbax's settings for a save."""
+    context = ocp.Context()
+    # Of an array that all devices have, each writes a slice, and every slice is a program to compile: small arrays are written whole.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+    return context
 
 
 def _leaves(tree):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmjax import diffusion, marginals, paths, sampling, solvers, targets
 
@@ -64,3 +65,25 @@ def mixture():
     return marginals.GaussianMixture(
         jnp.array([0.2, 0.5, 0.3]), jnp.array([[2.0, 0.5], [-1.5, 1.0], [0.3, -1.8]]), jnp.array([0.5, 0.7, 0.4])
     )
+
+
+def errors_and_orders(path, grid, steps, counts=(256, 512)):
+    """Mean errors of a mixture's flow map by each step, against 4,000 of rk4, on grids that a function makes of a number of steps.
+
+    All of it is one program: nearly all of its time is compilation, and most of that is the field's, once.
+
+    Returns:
+      The errors, (steps, 2), and their orders, (steps,).
+    """
+    field = marginals.velocity(path, mixture())
+    fine, grids = grid(4000), [grid(n) for n in counts]
+    x_0 = path.beta(fine[0]) * jax.random.normal(jax.random.key(0), (64, 2), jnp.float64)
+
+    @jax.jit
+    def found():
+        exact = sampling.sample_ode(field, x_0, fine, step=sampling.rk4)[0]
+        ends = [[sampling.sample_ode(field, x_0, times, step=step)[0] for times in grids] for step in steps]
+        return jnp.array([[jnp.linalg.norm(end - exact, axis=1).mean() for end in row] for row in ends])
+
+    errors = np.asarray(found())
+    return errors, np.log(errors[:, 0] / errors[:, 1]) / np.log(counts[1] / counts[0])

@@ -26,6 +26,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def unoptimized():
+    """Programs are compiled as they come: for files whose tests compile for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from benchmarks import aot, images, networks, parallel, rows, sampling, solvers, train_step
@@ -26,18 +25,9 @@ TINY = sampling.Config(
     compiles=1,
     peers=False,
 )
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = pytest.mark.usefixtures("unoptimized")
 FLAGS = ["--batches=4", "--steps=3", "--width=8", "--depth=1", "--seconds=0", "--repeats=2", "--precision=1", "--compiles=1", "--no-peers"]
 FIELDS = {"name", "value", "unit", "device", "versions", "commit"}
-
-
-@pytest.fixture
-def compile_fast():
-    """Programs are compiled as they come, since nobody looks at their speed."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def check(line):

@@ -237,6 +237,15 @@ def test_a_series_keeps_the_last_and_the_best(tmp_path, state):
     assert jnp.all(jax.random.key_data(restored_key) == jax.random.key_data(jax.random.fold_in(key, 5)))
 
 
+def test_small_arrays_of_eight_devices_compile_nothing(tmp_path, caplog):
+    everywhere = NamedSharding(jax.make_mesh((8,), ("all",)), PartitionSpec())
+    state = jax.device_put({"kernel": jnp.ones((24, 64)), "bias": jnp.ones(40)}, everywhere)
+    with jax.log_compiles():
+        checkpoints.save(tmp_path / "run", state)
+    assert "jit(slice)" not in caplog.text
+    assert_bits(checkpoints.restore(tmp_path / "run", state), state)
+
+
 def test_a_series_of_another_model_names_the_leaf(tmp_path, state):
     with checkpoints.Series(tmp_path) as series:
         series.save(at_step(state, 1), jax.random.key(0))

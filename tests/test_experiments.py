@@ -14,6 +14,7 @@ from experiments import digits, dynamics, fashion_mnist, gallery, latents, toy
 from fmjax import paths
 from fmjax.models import unet
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 SMALL = {"width": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "samples": 200}
 
 

@@ -12,6 +12,7 @@ from fmjax import export, guidance, sampling, solvers, times
 from fmjax.models import dit, unet
 from fmjax.paths import Linear
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 RUN = """
 import sys
 sys.modules["fmjax"] = None

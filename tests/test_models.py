@@ -17,9 +17,9 @@ from benchmarks import train_step
 from fmjax import guidance, sampling
 from fmjax.models import dit, layers, mlp, unet
 
-# The generator and the optimisation that compile fastest.
+# The generator that compiles fastest.
 KEY = jax.random.key(0, impl="unsafe_rbg")
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+pytestmark = pytest.mark.usefixtures("unoptimized")
 CLASSES = 5
 B = 3
 X = jax.random.normal(KEY, (B, 8, 6, 2))
@@ -92,7 +92,7 @@ class Lazy(dict):
 @pytest.fixture(scope="module")
 def applied():
     """Parameters of each network with classes, and its compiled application."""
-    return Lazy(lambda name: (random_parameters(NETWORKS[name], X, T, Y), quick_jit(NETWORKS[name].apply)))
+    return Lazy(lambda name: (random_parameters(NETWORKS[name], X, T, Y), jax.jit(NETWORKS[name].apply)))
 
 
 def relative(one, other):
@@ -139,7 +139,7 @@ def test_mlp_by_hand():
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_start_at_zero(applied, name):
-    params = quick_jit(NETWORKS[name].init)(KEY, X, T, Y)
+    params = jax.jit(NETWORKS[name].init)(KEY, X, T, Y)
     np.testing.assert_array_equal(applied[name][1](params, X, T, Y), np.zeros_like(X))
     flat = traverse_util.flatten_dict(params["params"], sep="/")
     zero = {leaf for leaf, value in flat.items() if not np.any(value) and not leaf.endswith("bias")}
@@ -152,7 +152,7 @@ def test_images_start_at_zero(applied, name):
 
 
 def test_scanned_layers_draw_their_own():
-    params = quick_jit(NETWORKS["dit"].clone(scan=True).init)(KEY, X, T, Y)["params"]
+    params = jax.jit(NETWORKS["dit"].clone(scan=True).init)(KEY, X, T, Y)["params"]
     kernel = params["blocks_0_1"]["attention"]["Dense_0"]["kernel"]
     assert kernel.shape == (2, 8, 24)
     assert not np.isclose(kernel[0], kernel[1]).any()
@@ -165,7 +165,7 @@ def gradient_of(model, params):
         out = model.apply(params, X, T, Y)
         return (out**2).sum(), out
 
-    grads, out = quick_jit(jax.grad(loss, has_aux=True))(params)
+    grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
     return out, grads
 
 
@@ -356,7 +356,7 @@ def test_a_loop_keeps_less_than_the_blocks_one_by_one():
 
     def temporary(**fields):
         model = dit.DiT(patch=2, width=64, depth=4, heads=2, classes=4, **fields)
-        gradient = quick_jit(jax.grad(lambda params, *given: (model.apply(params, *given) ** 2).sum()))
+        gradient = jax.jit(jax.grad(lambda params, *given: (model.apply(params, *given) ** 2).sum()))
         return train_step.memory(gradient.lower(shapes(model, x, t, y), x, t, y).compile()).temp_size_in_bytes
 
     alone, loop = temporary(), temporary(scan=True)
@@ -371,7 +371,7 @@ def test_half_precision(applied, name):
     chex.assert_type(jax.tree.leaves(shapes(model, X, T, Y)), jnp.float32)
     # Small weights, as networks have them.
     params = jax.tree.map(lambda leaf: leaf / 2, params)
-    out = quick_jit(model.apply)(params, X, T, Y)
+    out = jax.jit(model.apply)(params, X, T, Y)
     assert out.dtype == X.dtype
     assert 0 < relative(out, apply(params, X, T, Y)) < 2e-2
 
@@ -380,7 +380,7 @@ def test_half_precision(applied, name):
 def test_dropout_needs_its_key_and_is_off_by_default(name):
     model = WITHOUT_CLASSES[name].clone(dropout=0.5, remat=True, **({"depth": 1} if name == "dit" else {"multipliers": (1,)}))
     params = random_parameters(model, X, T)
-    draw = quick_jit(lambda params, key: model.apply(params, X, T, None, False, rngs={"dropout": key}))
+    draw = jax.jit(lambda params, key: model.apply(params, X, T, None, False, rngs={"dropout": key}))
     one, again, other = draw(params, KEY), draw(params, KEY), draw(params, jax.random.split(KEY)[0])
     np.testing.assert_array_equal(one, again)
     assert relative(other, one) > 1e-2
@@ -480,7 +480,7 @@ def test_patches_stay_in_their_places():
     model = WITHOUT_CLASSES["dit"].clone(depth=1)
     params = random_parameters(model, X, T)
     params["params"]["block_0"]["modulation"] = jax.tree.map(jnp.zeros_like, params["params"]["block_0"]["modulation"])
-    apply = quick_jit(model.apply)
+    apply = jax.jit(model.apply)
     moved = np.asarray(X).copy()
     moved[:, 2:4, 4:6] += 1
     changed = np.abs(apply(params, moved, T) - apply(params, X, T)).max((0, 3)) > 1e-5
@@ -552,7 +552,7 @@ def test_time_embedding():
     first, second = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"][f"Dense_{i}"]) for i in range(2))
     h = np.asarray(layers.Sinusoids(6).apply({}, t)) @ first["kernel"] + first["bias"][None]
     h = h / (1 + np.exp(-h)) @ second["kernel"] + second["bias"][None]
-    np.testing.assert_allclose(quick_jit(model.apply)(params, t), h, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(params, t), h, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

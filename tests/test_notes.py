@@ -1,7 +1,6 @@
 """The course notes: formulas of docs/notation.md that no chapter's tests hold, and its translations of letters."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ from battery import BOUNDED, PATHS, VarianceExploding, name
 
 from fmjax import losses, marginals, paths, sampling, targets
 
-# One program a test, compiled in haste: these are small sums.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+pytestmark = pytest.mark.usefixtures("unoptimized")
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 each_bounded = pytest.mark.parametrize("path", BOUNDED, ids=name)
 WEIGHTS, MEANS, SCALES = np.array([0.2, 0.5, 0.3]), np.array([1.5, -1.2, 0.2]), np.array([0.4, 0.6, 0.3])
@@ -46,7 +44,7 @@ def test_conditional_flow_is_the_path_to_its_point(path, key, x64):
     x_0, z = jax.random.normal(key, (2, 5, 2))
     times = jnp.linspace(0, 0.95, 401)
 
-    @quick_jit
+    @jax.jit
     def follow(x_0, z):
         field = lambda x, t: paths.conditional_velocity(path, x, z, t)
         start = paths.interpolate(path, x_0, z, 0.0)
@@ -74,7 +72,7 @@ def test_marginal_flow_has_the_law_of_the_path(path, x64):
     u = np.linspace(0.01, 0.99, 33)
     x_0, times = jnp.array(scipy.stats.norm.ppf(u))[:, None], jnp.linspace(0, 1, 401)
     field = marginals.velocity(path, line())
-    saved = quick_jit(lambda x_0: sampling.sample_ode(field, x_0, times, step=sampling.rk4, save=lambda x, t: x)[1])(x_0)
+    saved = jax.jit(lambda x_0: sampling.sample_ode(field, x_0, times, step=sampling.rk4, save=lambda x, t: x)[1])(x_0)
     np.testing.assert_array_equal(saved[0], x_0)
     for i in (100, 200, 300, 400):
         mean, std = normals(path, times[i])
@@ -87,7 +85,7 @@ def test_remainder_of_an_euler_step_vanishes(path, x64):
     t, mean, scale, x_0 = 0.3, 0.7, 0.4, jnp.array([[-1.0], [0.5]])
     flow = lambda t: path.alpha(t) * mean + jnp.sqrt(path.alpha(t) ** 2 * scale**2 + path.beta(t) ** 2) * x_0
     field = marginals.velocity(path, marginals.GaussianMixture(jnp.ones(1), jnp.array([[mean]]), jnp.array(scale)))
-    remainder = quick_jit(lambda h: (flow(t + h) - sampling.euler(field, flow(t), t, h)) / h)
+    remainder = jax.jit(lambda h: (flow(t + h) - sampling.euler(field, flow(t), t, h)) / h)
     remainders = np.array([remainder(h) for h in (1e-2, 5e-3, 2.5e-3)])
     np.testing.assert_allclose(remainders[1:] / remainders[:-1], 0.5, atol=0.02)
 
@@ -116,7 +114,7 @@ def test_a_point_of_the_path_has_the_marginal_law(path, key):
 def test_marginal_path_joins_noise_to_data(path, x64):
     """p_0 = p_init, p_1 = p_data."""
     x = np.linspace(-3, 3, 13)[:, None]
-    log_density = quick_jit(lambda x, t: marginals.log_density(path, line())(x, t))
+    log_density = jax.jit(lambda x, t: marginals.log_density(path, line())(x, t))
     np.testing.assert_allclose(log_density(x, 0.0), scipy.stats.norm.logpdf(x[:, 0]), rtol=1e-12)
     np.testing.assert_allclose(log_density(x, 1.0), np.log(scipy.stats.norm.pdf(x, MEANS[None], SCALES[None]) @ WEIGHTS), rtol=1e-10)
 
@@ -128,7 +126,7 @@ def test_density_velocity_and_score_are_integrals_over_the_data(path, x64):
     prior = scipy.stats.norm.pdf(z[:, None], MEANS[None], SCALES[None]) @ WEIGHTS * (z[1] - z[0])
     x, t = (grid.ravel() for grid in np.meshgrid(np.linspace(-2, 2, 5), [0.2, 0.5, 0.8]))
 
-    @quick_jit
+    @jax.jit
     def compare(x, t, z):
         conditional = jax.scipy.stats.norm.pdf(x[:, None], path.alpha(t)[:, None] * z[None], path.beta(t)[:, None])
         joint = conditional * prior[None]
@@ -172,7 +170,7 @@ def test_marginal_and_conditional_losses_differ_by_a_constant(path, target, marg
     """L_FM - L_CFM = E|u|^2 - E|u(. | z)|^2 whatever the network, and so for scores, at each time."""
     x_0, x_1, x, t, _, weight = every_example(path)
 
-    @quick_jit
+    @jax.jit
     def all_losses(x_0, x_1, x, t):
         exact = marginal(path, marginals.Empirical(jnp.array(POINTS)[:, None]))(x, t)
         networks = [lambda x, t: jnp.zeros_like(x), lambda x, t: jnp.sin(x), lambda x, t: x - paths.lift(t, x), lambda x, t: exact]
@@ -199,7 +197,7 @@ def test_guided_losses_regress_each_class_and_the_null_on_all(target, marginal, 
     path = paths.Linear()
     x_0, x_1, x, t, y, weight = every_example(path)
 
-    @quick_jit
+    @jax.jit
     def all_losses(x_0, x_1, x, t, y):
         of = lambda points: marginal(path, marginals.Empirical(jnp.array(points)[:, None]))(x, t)
         of_class = jnp.where(y[:, None] == 0, of(POINTS[:1]), of(POINTS[1:]))
@@ -229,7 +227,7 @@ def test_guided_losses_regress_each_class_and_the_null_on_all(target, marginal, 
 def test_conditional_sde_keeps_the_conditional_path(path, x64):
     """The extension holds given z too: with drift A X + B the mean obeys m' = A m + B, the variance v' = 2 A v + sigma^2."""
 
-    @quick_jit
+    @jax.jit
     def balances(t, z):
         alpha, beta, (d_alpha, d_beta) = path.alpha(t), path.beta(t), targets.velocity(path, t)
         rows = []
@@ -251,7 +249,7 @@ def test_conditional_sde_keeps_the_conditional_path(path, x64):
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
 def test_a_score_has_no_velocity_at_time_zero(path):
     """The notes' drift from a score alone holds alpha'_t / alpha_t, so grids for it start after 0; from a velocity they need not."""
-    both = quick_jit(
+    both = jax.jit(
         lambda t: [
             jnp.stack(targets.coefficients(path, t, source=source, target=target))
             for source, target in ((targets.score, targets.velocity), (targets.velocity, targets.score))
@@ -268,7 +266,7 @@ def test_a_score_has_no_velocity_at_time_zero(path):
 
 def test_letters_of_ddpm(x64):
     """alpha_t = sqrt(alpha-bar_k) at t = 1 - k / n, as the n steps become fine: betas from 1e-4 to 0.02 for n = 1,000."""
-    schedules = quick_jit(lambda t: (paths.VariancePreserving().alpha(t), paths.VariancePreserving().beta(t)))
+    schedules = jax.jit(lambda t: (paths.VariancePreserving().alpha(t), paths.VariancePreserving().beta(t)))
     for n, tolerance in ((1_000, 2e-3), (10_000, 2e-4)):
         alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, n) * 1_000 / n)
         alpha, beta = schedules(1 - np.arange(1, n + 1) / n)
@@ -287,7 +285,7 @@ SONG = {
 def test_letters_of_song(path, rate, g_squared, x64):
     """The reverse SDE, dX = (-f + g^2 score) dt + g dW in our time, is the extension with sigma_t = g = sqrt(2 b_t)."""
 
-    @quick_jit
+    @jax.jit
     def ours(x, t):
         drift = sampling.sde_drift(path, marginals.velocity(path, line()), lambda t: jnp.sqrt(g_squared(1 - t)))
         coefficients = targets.coefficients(path, t, source=targets.score, target=targets.velocity)
@@ -305,7 +303,7 @@ def test_letters_of_song(path, rate, g_squared, x64):
 def test_letters_of_edm(path, x64):
     """With sigma = beta / alpha and y = x / alpha: dy / dsigma = (y - D) / sigma, D = E[x_1 | x], and (D - y) / sigma^2 is y's score."""
 
-    @quick_jit
+    @jax.jit
     def compare(x, t):
         u, score = marginals.velocity(path, line())(x, t), marginals.score(path, line())(x, t)
         denoised = targets.convert(path, u, x, t, source=targets.velocity, target=targets.data)
@@ -335,7 +333,7 @@ class Lipman:
 def test_letters_of_lipman(key, x64):
     """u_t(x | x_1) = (x_1 - (1 - sigma_min) x) / (1 - (1 - sigma_min) t), and on the path x_1 - (1 - sigma_min) x_0."""
 
-    @quick_jit
+    @jax.jit
     def ours(x_0, x_1, t):
         x, u = paths.flow(Lipman(), x_0, x_1, t)
         return x, u, paths.conditional_velocity(Lipman(), x, x_1, t)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from fmjax import losses, parallel, paths, sampling, times, training
 from fmjax.models import dit, mlp
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 MODEL = mlp.MLP(width=64, depth=2, classes=4)
 WIDE = dit.DiT(patch=4, width=128, depth=1, heads=2, classes=4)
 OPTIMIZER = optax.adam(1e-3)

@@ -1,13 +1,11 @@
 """Sampling: measured orders, distributions against the closed form, and draws that do not depend on the batch."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import ORDERS, mixture, name
+from battery import ORDERS, errors_and_orders, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -15,21 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from fmjax import marginals, paths, sampling, targets
 
 
-@functools.cache
-def flow(path):
-    """A mixture's flow, compiled, and its map."""
-    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(jax.random.key(0), (64, 2), jnp.float64)
-    follow = jax.jit(lambda times, step: sampling.sample_ode(field, x_0, times, step=step)[0], static_argnums=1)
-    return follow, follow(jnp.linspace(0, 1, 4001), sampling.rk4)
-
-
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
-@pytest.mark.parametrize(("step", "order"), ORDERS, ids=name)
-def test_order(path, step, order, x64):
-    """Of the mean error of a mixture's flow map, against 4,000 steps of rk4."""
-    follow, reference = flow(path)
-    coarse, fine = (float(jnp.linalg.norm(follow(jnp.linspace(0, 1, n + 1), step) - reference, axis=1).mean()) for n in (256, 512))
-    assert abs(np.log2(coarse / fine) - order) < 0.1, (coarse, fine)
+def test_orders(path, x64):
+    errors, orders = errors_and_orders(path, lambda n: jnp.linspace(0, 1, n + 1), [step for step, _ in ORDERS])
+    expected = {name(step): order for step, order in ORDERS}
+    assert dict(zip(expected, orders, strict=True)) == pytest.approx(expected, abs=0.1), errors
 
 
 def weighted_moments(data):

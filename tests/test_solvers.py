@@ -6,58 +6,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import BOUNDED, NOISY_STEPS, PATH_ORDERS, PATHS, SIGMAS, mixture, name
+from battery import BOUNDED, NOISY_STEPS, PATH_ORDERS, PATHS, SIGMAS, errors_and_orders, mixture, name
 
 from fmjax import diffusion, marginals, paths, sampling, solvers, targets, times
 
-STEPS = (256, 512)
-
-
-@functools.cache
-def flow(path):
-    """A mixture's flow on the grids of a warp, compiled, and its map from there."""
-    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(jax.random.key(0), (64, 2), jnp.float64)
-    follow = jax.jit(lambda times, step: sampling.sample_ode(field, x_0, times, step=step)[0], static_argnums=1)
-    return follow, follow(times.cosine(jnp.linspace(0, 1, 4001)), sampling.rk4)
-
-
-def order_of(errors):
-    return np.log(errors[0] / errors[1]) / np.log(STEPS[1] / STEPS[0])
-
 
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
-@pytest.mark.parametrize("solver", PATH_ORDERS)
-def test_order(path, solver, x64):
-    """Of the mean error of a mixture's flow map, on a grid whose steps shrink towards noise and data."""
-    make, order = PATH_ORDERS[solver]
-    follow, reference = flow(path)
-    step = make(path)
-    errors = [float(jnp.linalg.norm(follow(times.cosine(jnp.linspace(0, 1, n + 1)), step) - reference, axis=1).mean()) for n in STEPS]
-    assert abs(order_of(errors) - order) < 0.15, errors
+def test_orders(path, x64):
+    """On grids whose steps shrink towards noise and data."""
+    makers = {solver: make(path) for solver, (make, _) in PATH_ORDERS.items()}
+    errors, orders = errors_and_orders(path, lambda n: times.cosine(jnp.linspace(0, 1, n + 1)), makers.values())
+    expected = {solver: order for solver, (_, order) in PATH_ORDERS.items()}
+    assert dict(zip(makers, orders, strict=True)) == pytest.approx(expected, abs=0.15), errors
 
 
-@pytest.mark.parametrize(("make", "values", "order"), [(solvers.dpm_solver_pp, 2, 2), (solvers.dpm_solver_pp, 3, 3), (solvers.deis, 2, 2)])
-def test_order_on_equal_steps(make, values, order, x64):
+def test_orders_on_equal_steps(x64):
     """Kept to the last step, where the expected data come to rest; polynomials in c lose there."""
     path = paths.Linear()
-    follow, reference = flow(path)
-    error = lambda step, n: float(jnp.linalg.norm(follow(jnp.linspace(0, 1, n + 1), step) - reference, axis=1).mean())
-    step = make(path, values)
-    errors = [error(step, n) for n in STEPS]
-    assert abs(order_of(errors) - order) < 0.15, errors
-    assert errors[1] < error(make(path, values, clock=lambda c: c), STEPS[1]) / 1.5
+    makers = [(solvers.dpm_solver_pp, 2), (solvers.dpm_solver_pp, 3), (solvers.deis, 2)]
+    steps = [make(path, values) for make, values in makers]
+    in_c = [make(path, values, clock=lambda c: c) for make, values in makers]
+    errors, orders = errors_and_orders(path, times.grid, [*steps, *in_c])
+    assert list(orders[:3]) == pytest.approx([2, 3, 2], abs=0.15), errors
+    assert (errors[:3, 1] < errors[3:, 1] / 1.5).all(), errors
 
 
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
-def test_order_of_edm_heun(path, key, x64):
-    field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (64, 2))
-    follow = jax.jit(lambda times, step: sampling.sample_ode(field, x_0, times, step=step)[0], static_argnums=1)
-    grid = lambda n: times.karras(path, n, smallest=0.02, largest=20.0)
-    x_0 = x_0 * path.beta(grid(2)[0])
-    step = solvers.edm_heun(path)
-    reference = follow(grid(4000)[:-1], sampling.rk4)
-    errors = [float(jnp.linalg.norm(follow(grid(n)[:-1], step) - reference, axis=1).mean()) for n in STEPS]
-    assert abs(order_of(errors) - 2) < 0.15, errors
+def test_order_of_edm_heun(path, x64):
+    grid = lambda n: times.karras(path, n, smallest=0.02, largest=20.0)[:-1]
+    errors, orders = errors_and_orders(path, grid, [solvers.edm_heun(path)])
+    assert list(orders) == pytest.approx([2], abs=0.15), errors
 
 
 def counted(calls):
@@ -131,14 +109,20 @@ def test_without_memory_they_are_ddim(path, key, x64):
     """Order 1 of every exponential method, and the ancestral step without noise, hold data and noise; on the linear path so does Euler."""
     field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (5, 2))
     grid = jnp.linspace(0.05, 0.95, 7)
-    follow = lambda step: sampling.sample_ode(field, x_0, grid, step=step)[0]
-    expected = follow(solvers.ddim(path))
-    for step in (solvers.dpm_solver_pp(path, 1), solvers.deis(path, 1)):
-        np.testing.assert_allclose(follow(step), expected, rtol=1e-8)
-    for step in (solvers.ancestral(path), solvers.churn(path, solvers.ddim(path))):
-        np.testing.assert_allclose(sampling.sample_sde(field, 0.0, key, x_0, grid, step=step)[0], expected, rtol=1e-8)
+
+    @jax.jit
+    def found():
+        ours = [sampling.sample_ode(field, x_0, grid, step=make(path, 1))[0] for make in (solvers.dpm_solver_pp, solvers.deis)]
+        for step in (solvers.ancestral(path), solvers.churn(path, solvers.ddim(path))):
+            ours.append(sampling.sample_sde(field, 0.0, key, x_0, grid, step=step)[0])
+        expected, euler = (sampling.sample_ode(field, x_0, grid, step=step)[0] for step in (solvers.ddim(path), sampling.euler))
+        return expected, euler, ours
+
+    expected, euler, ours = found()
+    for x in ours:
+        np.testing.assert_allclose(x, expected, rtol=1e-8)
     if path == paths.Linear():
-        np.testing.assert_allclose(follow(sampling.euler), expected, rtol=1e-10)
+        np.testing.assert_allclose(euler, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
@@ -195,30 +179,38 @@ def test_ancestral_starts_at_noise_and_ends_at_data(key):
         assert jnp.isfinite(x).all()
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("solver", NOISY_STEPS)
-def test_marginals(solver, sigma, key):
+def test_marginals(solver, key):
     """Mean and covariance of 40,000 samples within 4 standard errors of the data's, for every step and every sigma."""
     n, path, data = 40_000, paths.Linear(), mixture()
-    velocity, step, coefficient = marginals.velocity(path, data), NOISY_STEPS[solver](path), SIGMAS[sigma](path)
+    velocity, step = marginals.velocity(path, data), NOISY_STEPS[solver](path)
     takes_drift = step in (sampling.euler_maruyama, sampling.stochastic_heun)
-    field = sampling.sde_drift(path, velocity, coefficient) if takes_drift else velocity
     key_0, key_noise = jax.random.split(key)
-    # Drifts are infinite at data, and the natural sigma at noise.
-    start = 1e-3 if sigma == "natural" else 0.0
     # Euler-Maruyama and the ancestral step err in proportion to their size, the others less.
     steps = 300 if step is sampling.euler_maruyama or solver == "ancestral" else 100
-    grid = start + (1 - start) * jnp.sin(jnp.linspace(0, jnp.pi / 2, steps + 1))
     last = sampling.mean if step is sampling.stochastic_heun else None
-    x_0 = jax.random.normal(key_0, (n, 2))
-    x = jax.jit(lambda key, x_0: sampling.sample_sde(field, coefficient, key, x_0, grid, step=step, last=last)[0])(key_noise, x_0)
-    x = np.asarray(x, np.float64)
+
+    # All sigmas are one program, which compiles the field's part of it once.
+    @jax.jit
+    def sample(key, x_0):
+        ends = {}
+        for sigma, make in SIGMAS.items():
+            coefficient = make(path)
+            field = sampling.sde_drift(path, velocity, coefficient) if takes_drift else velocity
+            # Drifts are infinite at data, and the natural sigma at noise.
+            start = 1e-3 if sigma == "natural" else 0.0
+            grid = start + (1 - start) * jnp.sin(jnp.linspace(0, jnp.pi / 2, steps + 1))
+            ends[sigma] = sampling.sample_sde(field, coefficient, key, x_0, grid, step=step, last=last)[0]
+        return ends
+
     mean = np.asarray(data.weights @ data.means, np.float64)
     centred = np.asarray(data.means) - mean
     covariance = np.einsum("k,ki,kj->ij", data.weights, centred, centred) + float(data.weights @ data.scales**2) * np.eye(2)
-    np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4 * np.sqrt(np.diag(covariance) / n))
-    products = (x - mean)[:, :, None] * (x - mean)[:, None, :]
-    np.testing.assert_array_less(np.abs(products.mean(0) - covariance), 4 * products.std(0) / np.sqrt(n))
+    for sigma, x in sample(key_noise, jax.random.normal(key_0, (n, 2))).items():
+        x = np.asarray(x, np.float64)
+        np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4 * np.sqrt(np.diag(covariance) / n), err_msg=sigma)
+        products = (x - mean)[:, :, None] * (x - mean)[:, None, :]
+        np.testing.assert_array_less(np.abs(products.mean(0) - covariance), 4 * products.std(0) / np.sqrt(n), err_msg=sigma)
 
 
 def test_weak_order_of_stochastic_heun(x64, monkeypatch):
@@ -292,35 +284,39 @@ def test_the_way_back(path, key, x64):
 
 def test_steps_agree_in_any_batch_and_under_jit_traces(key):
     """Memory is carried in the scan: one trace, and no example in another's memory."""
-    path = paths.Linear()
-    field, x_0 = marginals.velocity(path, mixture()), sampling.noise(key, (8, 2))
-    for step in (solvers.unipc(path, 3), solvers.deis(path, 2), solvers.adams_bashforth(4)):
-        follow = jax.jit(lambda x, step=step: sampling.sample_ode(field, x, times.grid(12), step=step)[0])
-        np.testing.assert_allclose(follow(x_0[2:5]), follow(x_0)[2:5], rtol=1e-4, atol=1e-5)
-    step = solvers.sde_dpm_solver_pp(path)
-    follow = jax.jit(lambda keys, x: sampling.sample_sde(field, 1.0, keys, x, times.grid(12), step=step)[0])
-    keys = jax.random.split(key, 8)
-    np.testing.assert_allclose(follow(keys[2:5], x_0[2:5]), follow(keys, x_0)[2:5], rtol=1e-4, atol=1e-5)
-    step = solvers.predictor_corrector(path, solvers.churn(path))
-    follow = jax.jit(lambda keys, x: sampling.sample_sde(field, 1.0, keys, x, times.grid(12), step=step)[0])
-    np.testing.assert_allclose(follow(keys[2:5], x_0[2:5]), follow(keys, x_0)[2:5], rtol=1e-3, atol=1e-4)
+    path, grid = paths.Linear(), times.grid(12)
+    field, x_0, keys = marginals.velocity(path, mixture()), sampling.noise(key, (8, 2)), jax.random.split(key, 8)
+
+    @jax.jit
+    def follow(keys, x):
+        steps = solvers.unipc(path, 3), solvers.deis(path, 2), solvers.adams_bashforth(4)
+        ends = [sampling.sample_ode(field, x, grid, step=step)[0] for step in steps]
+        noisy = solvers.sde_dpm_solver_pp(path), solvers.predictor_corrector(path, solvers.churn(path))
+        return ends + [sampling.sample_sde(field, 1.0, keys, x, grid, step=step)[0] for step in noisy]
+
+    *some, corrected = follow(keys[2:5], x_0[2:5])
+    *every, every_corrected = follow(keys, x_0)
+    for a, b in zip(some, every, strict=True):
+        np.testing.assert_allclose(a, b[2:5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(corrected, every_corrected[2:5], rtol=1e-3, atol=1e-4)
 
 
 def test_a_multistep_sampler_is_differentiable(key, x64):
     """Masked weights of the first steps must not turn gradients to NaN."""
     path = paths.Linear()
-    for step in (solvers.unipc(path, 3), solvers.deis(path, 3), solvers.dpm_solver_pp(path, 2, clock=solvers.log_ratio)):
+    steps = solvers.unipc(path, 3), solvers.deis(path, 3), solvers.dpm_solver_pp(path, 2, clock=solvers.log_ratio)
 
-        def sample(rate, grid, step=step):
-            return sampling.sample_ode(lambda x, t: -rate * t * x, jnp.ones((1, 1)), grid, step=step)[0][0, 0]
+    def sample(step):
+        return lambda rate, grid: sampling.sample_ode(lambda x, t: -rate * t * x, jnp.ones((1, 1)), grid, step=step)[0][0, 0]
 
-        value_and_grad = jax.jit(jax.value_and_grad(sample, (0, 1)))
-        grid = times.grid(20)
-        (up, _), (down, _), (_, (by_rate, by_grid)) = (value_and_grad(rate, grid) for rate in (0.7 + 1e-5, 0.7 - 1e-5, 0.7))
-        np.testing.assert_allclose(by_rate, (up - down) / 2e-5, rtol=1e-6)
-        inner = grid.at[7].add(1e-5), grid.at[7].add(-1e-5)
-        np.testing.assert_allclose(by_grid[7], (value_and_grad(0.7, inner[0])[0] - value_and_grad(0.7, inner[1])[0]) / 2e-5, rtol=1e-5)
-        assert jnp.isfinite(by_grid).all()
+    there = jax.jit(lambda rate, grid: jnp.stack([sample(step)(rate, grid) for step in steps]))
+    gradients = jax.jit(lambda rate, grid: [jax.grad(sample(step), (0, 1))(rate, grid) for step in steps])
+    grid, h = times.grid(20), 1e-5
+    by_rate, by_grid = (jnp.stack(each) for each in zip(*gradients(0.7, grid), strict=True))
+    np.testing.assert_allclose(by_rate, (there(0.7 + h, grid) - there(0.7 - h, grid)) / (2 * h), rtol=1e-6)
+    difference = (there(0.7, grid.at[7].add(h)) - there(0.7, grid.at[7].add(-h))) / (2 * h)
+    np.testing.assert_allclose(by_grid[:, 7], difference, rtol=1e-5)
+    assert jnp.isfinite(by_grid).all()
 
 
 def test_thinned_trajectories(key):

@@ -3,8 +3,8 @@
     python -m experiments.digits                       trains, samples and draws, in runs/digits
     python -m experiments.digits --no-train --seed 1   samples again from the checkpoint there
 
-A small DiT learns the velocity of the linear path on scikit-learn's 1,437 training digits of 8 x 8 pixels. Four to five
-minutes on two CPU cores. At guidance 3 and 5 all labels are read back right; without guidance the samples are 1.1 to 1.3
+A small DiT learns the velocity of the linear path on scikit-learn's 1,437 training digits of 8 x 8 pixels. Two to
+five minutes on two CPU cores. At guidance 3 and 5 all labels are read back right; without guidance the samples are 1.1 to 1.3
 times as far from held-out digits, in Fréchet distance, as the training digits are, and no closer to these than held-out
 digits. The folder of the run then holds config.json, metrics.json, loss.png, samples.png, trajectories.png, checkpoint/.
 """

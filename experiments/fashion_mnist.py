@@ -263,7 +263,7 @@ def make_judge(config, batches, key):
 
     stream = batches(size, config.seed + 1)
     clothes, _ = next(stream)
-    state = training.init(judge.init(key, clothes[:1]), optimizer)
+    state = training.init(jax.jit(judge.init)(key, clothes[:1]), optimizer)
     state, _ = training.fit(training.make_step(loss_fn, optimizer), state, stream, key, steps=steps)
     apply = jax.jit(judge.apply)
 

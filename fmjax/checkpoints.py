@@ -25,6 +25,9 @@ from orbax.checkpoint import v1 as ocp
 
 from fmjax import parallel
 
+SMALLEST_SLICE = 2**20
+"""Bytes. Of a larger array that several devices have, each writes a slice, and each is a program to compile, so smaller ones are whole."""
+
 
 class Damaged(ValueError):
     """A checkpoint whose files are not what was written."""
@@ -220,8 +223,7 @@ class Series:
 def _settings():
     """Orbax's settings for a save."""
     context = ocp.Context()
-    # Of an array that all devices have, each writes a slice, and every slice is a program to compile: small arrays are written whole.
-    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+    context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE
     return context
 
 

@@ -237,12 +237,14 @@ def test_a_series_keeps_the_last_and_the_best(tmp_path, state):
     assert jnp.all(jax.random.key_data(restored_key) == jax.random.key_data(jax.random.fold_in(key, 5)))
 
 
-def test_small_arrays_of_eight_devices_compile_nothing(tmp_path, caplog):
+@pytest.mark.parametrize("sliced", [False, True])
+def test_devices_that_share_an_array_write_slices_of_a_large_one(tmp_path, caplog, sliced):
+    rows = 8 * checkpoints.SMALLEST_SLICE // 4 // 1024 // (1 if sliced else 2)
     everywhere = NamedSharding(jax.make_mesh((8,), ("all",)), PartitionSpec())
-    state = jax.device_put({"kernel": jnp.ones((24, 64)), "bias": jnp.ones(40)}, everywhere)
+    state = jax.device_put({"kernel": jnp.arange(rows * 1024.0).reshape(rows, 1024)}, everywhere)
     with jax.log_compiles():
         checkpoints.save(tmp_path / "run", state)
-    assert "jit(slice)" not in caplog.text
+    assert ("Compiling jit(slice)" in caplog.text) == sliced
     assert_bits(checkpoints.restore(tmp_path / "run", state), state)
 
 

@@ -33,6 +33,8 @@ def main(given):
     from fmjax.data import images, pipeline
     from fmjax.models import mlp
 
+    # Small arrays go the way of large ones: every device that has one writes its slice.
+    checkpoints.SMALLEST_SLICE = 1
     if config["processes"] > 1:
         at = f"localhost:{config['port']}"
         parallel.initialize(at, config["processes"], config["index"], connect=config["connect"], timeout=config["timeout"])

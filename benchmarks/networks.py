@@ -1,7 +1,7 @@
 """The networks beside themselves and beside PyTorch: compile time, memory, forward passes and train steps, a line of JSON a number.
 
     python -m benchmarks.networks
-    make bench-networks ARGS="--out results/networks.jsonl --seconds 4 --repeats 5 --no-torch-compile"     beside PyTorch
+    make bench-networks ARGS="--out results/networks.jsonl --seconds 4 --repeats 5"     beside PyTorch
 
 What a row says, and how it is measured, is at the head of `benchmarks/rows.py`. The parts, which `--only` picks:
 

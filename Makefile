@@ -18,9 +18,8 @@ $(READY): requirements.lock pyproject.toml
 
 env: $(READY)  ## builds .venv from the pinned versions
 
-# Keeps freed memory rather than give it back to the system, whose page faults cost a fifth of a small training step (glibc).
-demo: export MALLOC_MMAP_THRESHOLD_ = 2000000000
-demo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+# Takes memory in huge pages: the faults of small ones cost a sixth of a training step on a CPU (glibc 2.35 or newer; docs/networks.md).
+demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: $(READY)  ## trains on real digits and draws what it learnt: under 5 minutes on two cores
 	$(RUN) -m experiments.digits $(ARGS)
 

@@ -1,6 +1,6 @@
 """Latents or images of any size by class, on any number of devices: a scalable interpolant transformer    (Ma et al. 2024, "SiT").
 
-    python -m experiments.latents gpu --data photos/                            a folder of images, one GPU
+    python -m experiments.latents gpu --data photos/ --channels 3 --classes 5   a folder of images by class, one GPU
     python -m experiments.latents gpus --data latents/                          *.array_record of data.latents, eight GPUs
     python -m experiments.latents pod --data latents/                           the same command on every host of a TPU pod
     python -m experiments.latents small                                         made-up latents: seconds, anywhere
@@ -143,6 +143,8 @@ def main(config: Config):
     mesh = parallel.mesh()
     spread = parallel.batch_sharding(mesh, config.batch)
     source = open_data(config)
+    if source.classes and len(source.classes) != config.classes:
+        raise SystemExit(f"The data have {len(source.classes)} classes: give --classes {len(source.classes)}, not {config.classes}.")
     shape = source[0][0].shape
     if shape != (config.size, config.size, config.channels):
         raise SystemExit(f"The data are of shape {shape}: give --size and --channels so.")
@@ -253,13 +255,15 @@ def open_data(config):
         made = centres[labels] + 0.3 * rng.normal(size=(len(labels), config.size, config.size, config.channels))
         return images.arrays(made.astype(np.float32), labels)
     if config.data == "fashion-mnist":
-        return images.arrays(*fashion_mnist.load()[0])
+        return dataclasses.replace(images.arrays(*fashion_mnist.load()[0]), classes=fashion_mnist.NAMES)
     folder = Path(config.data)
     if not folder.is_dir():
         raise SystemExit(f"--data is {config.data}, which is no folder: give one, or fashion-mnist, or synthetic.")
     files = sorted(folder.glob("*.array_record"))
     if files:
         return latents.read(files)
+    if config.channels not in (1, 3):
+        raise SystemExit(f"--data is {config.data}, a folder of images, but --channels is {config.channels}: give 3 for RGB or 1 for grey.")
     return images.folder(folder, size=config.size, channels=config.channels)
 
 

@@ -10,7 +10,7 @@ Its width, the standard deviation of tau over t under (1), is sigma_rel = sqrt(g
     step = training.make_step(loss_fn, optimizer, ema_decay=(averages.power(0.05), averages.power(0.1)))
     state = training.init(params, optimizer, averages=2)
 
-Keep `(step, width, average)` now and then; `post_hoc` makes the average of any width from them.
+Keep `(step, width, jax.device_get(average))` now and then; `post_hoc` makes the average of any width from them.
 """
 
 import jax

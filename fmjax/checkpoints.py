@@ -42,6 +42,7 @@ def save(folder, state):
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(folder)
     # The old checkpoint goes only once the new one is whole.
     new, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
     with _settings():
@@ -68,6 +69,7 @@ def restore(folder, like):
       MemoryError: if a device cannot hold its part of `like`.
     """
     folder = Path(folder).absolute()
+    _put_back(folder)
     if not folder.exists():
         raise FileNotFoundError(f"There is no checkpoint at {folder}: train first, or give the folder of a run.")
     try:
@@ -190,6 +192,7 @@ class Series:
                 aside = folder.with_name(f"{folder.name}.damaged")
                 warnings.warn(f"{error} The one before it is used; this one is now {aside}.", stacklevel=2)
                 if jax.process_index() == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
                     folder.rename(aside)
                 multihost_utils.sync_global_devices("a damaged checkpoint is out of the way")
                 self._checkpointer.reload()
@@ -218,6 +221,13 @@ class Series:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+
+def _put_back(folder):
+    """Undoes the first of the two renames of a `save` that was killed before the second."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 def _settings():

@@ -149,7 +149,7 @@ def _accumulated(value_and_grad, count):
             return jax.tree.map(jnp.add, total, value_and_grad(params, jax.random.fold_in(key, i), batch)), None
 
         batch = jax.tree.map(parts, batch)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jax.ShapeDtypeStruct((), jnp.float32), params))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jax.ShapeDtypeStruct((), jnp.result_type(float)), params))
         total, _ = lax.scan(body, zeros, (jnp.arange(count), batch))
         return jax.tree.map(lambda x: x / count, total)
 
@@ -170,9 +170,10 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
       key: a typed key.
       steps: the number of steps that the state has at the end.
       every: steps between two rows of the history.
-      callbacks: functions `(state, row) -> None`, called with every row.
-      save: a function of the state, called when training ends: at the last step, when the loss is not finite (with
-        the last good state), and when it is interrupted.
+      callbacks: functions `(state, row) -> None`, called with every row. The next step takes the memory of the state:
+        what is kept of it is copied, as `jax.device_get` does.
+      save: a function of the state, called when training ends: at the last step, and, where a step was taken, when the loss is
+        not finite (with the last good state), when it is interrupted and when anything fails.
       progress: whether to show a bar with the loss, steps a second and the time left.
       trace: a folder for a trace by `jax.profiler` of the second `every` steps, which TensorBoard and Perfetto show.
       donate: whether training takes the memory of the state given, whose arrays (and the parameters that `init` was given) are
@@ -233,7 +234,8 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
                         at = n + 1 - len(rows) + i
                         raise NonFiniteLoss(
                             f"{' and '.join(bad)} at step {at}: the step was not taken, and the state before it is this error's `state`"
-                            f"{' and was saved' if save else ''}. Try a lower learning rate, gradient clipping, or check the data for nan.",
+                            f"{' and was saved' if save and at > start else ''}. Try a lower learning rate or gradient "
+                            "clipping, or check the data for nan and for labels out of range.",
                             state,
                             history,
                         )
@@ -244,9 +246,13 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
                 show(n + 1, loss=row["loss"])
                 for callback in callbacks:
                     callback(state, row)
-    finally:
-        if save is not None:
+    except BaseException:
+        # Without a step there is nothing new, and what was saved before stays.
+        if save is not None and int(state.step) > start:
             save(state)
+        raise
+    if save is not None:
+        save(state)
     return state, history
 
 

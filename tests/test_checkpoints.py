@@ -258,6 +258,37 @@ def test_a_series_of_another_model_names_the_leaf(tmp_path, state):
         assert series.steps() == [1, 2]
 
 
+def test_a_step_that_is_damaged_twice(tmp_path, state):
+    for _ in range(2):
+        with checkpoints.Series(tmp_path / "series") as series:
+            for step in (1, 2):
+                series.save(at_step(state, step), jax.random.key(0), wait=True)
+        for file in (tmp_path / "series" / "2").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+        with checkpoints.Series(tmp_path / "series") as series, pytest.warns(UserWarning, match=r"The one before it is used"):
+            restored, _ = series.resume(make(), jax.random.key(0))
+        assert int(restored.step) == 1
+
+
+def test_a_save_that_is_killed_between_its_renames(tmp_path, state, monkeypatch):
+    def killed(path, target):
+        if path.name == "run.new":
+            raise KeyboardInterrupt
+        path.replace(target)
+
+    for recover in (lambda: None, lambda: checkpoints.save(tmp_path / "run", at_step(state, 3))):
+        checkpoints.save(tmp_path / "run", at_step(state, 1))
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints.Path, "rename", killed)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(tmp_path / "run", at_step(state, 2))
+        assert not (tmp_path / "run").exists()
+        recover()
+        assert int(checkpoints.restore(tmp_path / "run", make()).step) in (1, 3)
+    assert int(checkpoints.restore(tmp_path / "run", make()).step) == 3
+
+
 def test_a_series_where_a_file_is(tmp_path, state):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Checkpoints cannot be written to .*file/checkpoints: Not a directory"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
+from PIL import Image
 
 from experiments import digits, dynamics, fashion_mnist, gallery, latents, toy
 from fmjax import paths
@@ -223,6 +224,14 @@ def test_latents_from_files_and_folders(tmp_path):
         latents.open_data(dataclasses.replace(small, data="nowhere"))
     with pytest.raises(SystemExit, match=r"The data are of shape \(8, 8, 4\): give --size and --channels so"):
         latents.main(dataclasses.replace(small, folder=tmp_path / "run", data=str(tmp_path), channels=3))
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "a.png")
+    photos = dataclasses.replace(small, folder=tmp_path / "run", data=str(tmp_path / "photos"))
+    with pytest.raises(SystemExit, match=r"photos, a folder of images, but --channels is 4: give 3 for RGB or 1"):
+        latents.main(photos)
+    with pytest.raises(SystemExit, match=r"The data have 2 classes: give --classes 2, not 10"):
+        latents.main(dataclasses.replace(photos, channels=3))
     with pytest.raises(SystemExit, match=r"--save-every is 15: give a multiple of --every, 10"):
         latents.main(dataclasses.replace(small, folder=tmp_path / "run", save_every=15))
     with pytest.raises(SystemExit, match=r"--look-every is 15: give a multiple of --every, 10"):

@@ -197,6 +197,8 @@ def photos(tmp_path):
     (tmp_path / "photos" / "ant" / "notes.txt").write_text("not an image")
     (tmp_path / "photos" / "ant" / "._a.png").write_text("hidden")
     (tmp_path / "photos" / ".hidden").mkdir()
+    save(tmp_path / "photos" / "ant" / ".thumbnails" / "a.png", random_pixels(8, 8, 3))
+    (tmp_path / "photos" / "bee" / "folder.png").mkdir()
     return tmp_path / "photos", np.stack(pixels)
 
 

@@ -11,6 +11,7 @@ from battery import BOUNDED, mixture, name
 from fmjax import likelihood, marginals, paths, sampling, times
 
 GRID = np.linspace(0, 1, 201)
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def images():

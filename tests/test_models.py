@@ -571,6 +571,23 @@ def test_group_norm(groups):
     assert relative(one, other) < 1e-4
 
 
+def test_second_derivatives_of_group_norm(x64):
+    """As a divergence's gradient takes them, in the form whose every derivative is a definition's."""
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 2, 4)))
+
+    def plain(h):
+        groups = h.reshape(1, 4, 2, 2)
+        centred = groups - groups.mean((1, 3), keepdims=True)
+        return (centred / jnp.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-5)).reshape(h.shape)
+
+    params = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+    ours, expected = (
+        jax.hessian(lambda h, norm=norm: (norm(h) ** 3 * jnp.arange(16.0).reshape(h.shape)).sum())(h)
+        for norm in (lambda h: layers.GroupNorm(2).apply(params, h), plain)
+    )
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * jnp.abs(expected).max())
+
+
 def test_norms():
     h = jnp.array([[3.0, -4.0, 0.0, 1.0]])
     out = layers.LayerNorm().apply({}, h)

@@ -299,6 +299,30 @@ def test_batches_that_end():
     assert [int(state.step) for state in saved] == [3]
 
 
+def test_parts_of_a_batch_in_double_precision(x64):
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params(), batch(0)))
+    ends = [training.make_step(loss_fn, SGD, accumulate=n)(training.init(wide[0], SGD), KEY, wide[1]) for n in (1, 2)]
+    assert {leaf.dtype for leaf in jax.tree.leaves((ends[1][0].params, ends[1][1]["loss"]))} == {np.dtype(np.float64)}
+    chex.assert_trees_all_close(*ends, rtol=1e-12)
+
+
+def test_a_training_that_takes_no_step_saves_nothing_over_what_was_there():
+    saved, state = [], training.init(params(), SGD)
+
+    def broken(state, key, batch):
+        raise TypeError("not this batch")
+
+    with pytest.raises(TypeError, match="not this batch"):
+        fit(broken, state, [np.float32(1)], steps=5, save=saved.append)
+    with pytest.raises(training.NonFiniteLoss) as caught:
+        fit(counting, state, [np.float32(np.nan)] * 2, steps=5, every=1, save=saved.append)
+    assert "saved" not in str(caught.value)
+    assert saved == []
+    # One that had ended already says so again.
+    fit(counting, state, [], steps=0, save=saved.append)
+    assert_equal(saved[0], state)
+
+
 @pytest.mark.parametrize("every", [1, 2, 5, 100])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_error_names_the_step(every, value):

@@ -84,10 +84,10 @@ def folder(root, *, size, channels=3, skip_broken=False):
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; expected one of images, or of one folder of images a class.")
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    beside = _images_in(root.iterdir())
+    beside = _images_in(root, root.iterdir())
     if classes and beside:
         raise ValueError(f"{root} has images ({Path(beside[0]).name}) beside its folders ({classes[0]}); expected one or the other.")
-    found = [_images_in((root / name).rglob("*")) for name in classes] if classes else [beside]
+    found = [_images_in(root / name, (root / name).rglob("*")) for name in classes] if classes else [beside]
     for name, of_class in zip(classes or [""], found, strict=True):
         if not of_class:
             raise ValueError(f"{root / name} has no images; expected files that end in {', '.join(SUFFIXES)}.")
@@ -143,8 +143,12 @@ def _pillow():
     return PIL
 
 
-def _images_in(paths):
-    return sorted(str(path) for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+def _images_in(root, paths):
+    def counts(path):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        return path.suffix.lower() in SUFFIXES and not hidden and not path.is_dir()
+
+    return sorted(str(path) for path in paths if counts(path))
 
 
 def _sound(files):

@@ -205,8 +205,10 @@ class GroupNorm(nn.Module):
 
         wide = h.astype(jnp.float32)
         mean = group_means(wide)
-        # The variance does not change with the mean to first order, so its gradient need not go there: a pass less.
-        variance = group_means((wide - jax.lax.stop_gradient(mean)) ** 2)
+        # The variance does not change with the mean to first order, so its gradient need not go through that: a pass less.
+        # What is zero here is what it changes to second order.
+        fixed = jax.lax.stop_gradient(mean)
+        variance = group_means((wide - fixed) ** 2) - (mean - fixed) ** 2
         return ((wide - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(h.dtype)
 
 

@@ -186,13 +186,23 @@ def time_at(path, signal):
         width = width / parts
         inner = t[None] + width * jnp.arange(1, parts, dtype=t.dtype).reshape(-1, *(1,) * t.ndim)
         t = t + width * (signal_at(path, inner) <= signal[None]).sum(0)
-    # One step of Newton's method from there: what is left of the way, and the derivative. None where the slope is not finite.
-    t, fixed = lax.stop_gradient(t + width / 2), lax.stop_gradient(signal)
-    value, slope = jax.jvp(lambda t: signal_at(path, t), (t,), (jnp.ones_like(t),))
     first, last = (signal_at(path, jnp.asarray(end, t.dtype)) for end in (0, 1))
-    usable = jnp.isfinite(slope) & (slope > 0) & (fixed > first) & (fixed < last)
-    step = (signal - value) / lax.stop_gradient(jnp.where(usable, slope, 1))
-    return jnp.clip(jnp.where(usable, t + step, t), 0, 1)
+    inside = (signal > first) & (signal < last)
+
+    def over(slope, value):
+        """Nothing where the slope is not finite, or the path does not get there."""
+        usable = jnp.isfinite(slope) & (slope > 0) & inside
+        return jnp.where(usable, value / jnp.where(usable, slope, 1), 0)
+
+    def newton(missing, t):
+        value, slope = jax.jvp(missing, (t,), (jnp.ones_like(t),))
+        return t - over(slope, value)
+
+    # One step of Newton's method for what is left of the way; derivatives of any order by the implicit function theorem.
+    t = lax.custom_root(
+        lambda t: signal_at(path, t) - signal, t + width / 2, newton, lambda slope, value: over(slope(jnp.ones_like(value)), value)
+    )
+    return jnp.clip(t, 0, 1)
 
 
 def interpolate(path, x_0, x_1, t):

@@ -214,9 +214,11 @@ def test_time_at_inverts_the_clock(path, key, x64):
     found = paths.time_at(path, signal)
     np.testing.assert_allclose(path.alpha(found) / (path.alpha(found) + path.beta(found)), signal, atol=1e-12)
     np.testing.assert_allclose(found, t, atol=1e-9)
-    # Its derivative is the inverse's, by one over the slope.
-    slope = jax.vmap(jax.grad(lambda t: path.alpha(t) / (path.alpha(t) + path.beta(t))))(t[:-1])
-    np.testing.assert_allclose(jax.vmap(jax.grad(lambda s: paths.time_at(path, s)))(signal[:-1]), 1 / slope, rtol=1e-6)
+    # Its derivatives are the inverse's.
+    clock, inverse = lambda t: path.alpha(t) / (path.alpha(t) + path.beta(t)), lambda s: paths.time_at(path, s)
+    slope, bend = (jax.vmap(derivative)(t[:-1]) for derivative in (jax.grad(clock), jax.grad(jax.grad(clock))))
+    np.testing.assert_allclose(jax.vmap(jax.grad(inverse))(signal[:-1]), 1 / slope, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(jax.grad(inverse)))(signal[:-1]), -bend / slope**3, rtol=1e-6, atol=1e-9)
 
 
 @each_path

@@ -24,6 +24,16 @@ def _check_scale(scale):
         raise ValueError(f"The guidance scale is {scale}, but it must be finite: 1 is no guidance, 3 is common.")
 
 
+def _multiplies(scale, x):
+    """Raises if the scale would meet other axes of x than the examples', as one of shape (B,) does."""
+    if jnp.ndim(scale) not in (0, x.ndim):
+        shape = jnp.shape(scale)
+        raise ValueError(
+            f"The guidance scale has shape {shape}, but it multiplies x of shape {x.shape}: for one an example give it the shape "
+            f"{(x.shape[0], *(1,) * (x.ndim - 1))}."
+        )
+
+
 def extrapolate(guided, unguided, scale):
     """(1): from the unguided value through the guided one and on."""
     return (1 - scale) * unguided + scale * guided
@@ -56,8 +66,10 @@ def projected(parallel=0.0, largest=None):
     def combine(guided, unguided, scale):
         difference = guided - unguided
         if largest is not None:
-            norm = jnp.sqrt(_dot(difference, difference))
-            difference = difference * jnp.where(norm > largest, largest / jnp.where(norm > 0, norm, 1), 1)
+            square = _dot(difference, difference)
+            # The root of what is longer alone: the derivative of the root of zero is infinite.
+            longer = square > largest**2
+            difference = difference * jnp.where(longer, largest / jnp.sqrt(jnp.where(longer, square, 1)), 1)
         along = _share(difference, guided) * guided
         return guided + (scale - 1) * (difference - along + parallel * along)
 
@@ -75,10 +87,11 @@ def rescaled(share=0.7):
 
     def combine(guided, unguided, scale):
         value = extrapolate(guided, unguided, scale)
-        axes = tuple(range(1, value.ndim))
-        spread = jnp.std(value, axes, keepdims=True)
-        ratio = jnp.std(guided, axes, keepdims=True) / jnp.where(spread > 0, spread, 1)
-        return value * (share * jnp.where(spread > 0, ratio, 1) + 1 - share)
+        before, after = (jnp.var(each, tuple(range(1, value.ndim)), keepdims=True) for each in (guided, value))
+        # The root of what is spread alone: the derivative of the root of zero is infinite.
+        spread = (before > 0) & (after > 0)
+        ratio = jnp.sqrt(jnp.where(spread, before / jnp.where(spread, after, 1), 1))
+        return value * (share * jnp.where((after > 0) & ~spread, 0, ratio) + 1 - share)
 
     return combine
 
@@ -131,7 +144,7 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
     Returns:
       A field, (x, t) -> like x.
     Raises:
-      ValueError: if the scale is not finite, or y has not one condition an example.
+      ValueError: if the scale is not finite or has axes other than x's, or y has not one condition an example.
     """
     _check_scale(scale)
     y = jnp.asarray(y)
@@ -139,6 +152,7 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
     values = _under(field_y, [y] if plain else [_nulls(null, y), y])
 
     def field(x, t):
+        _multiplies(scale, x)
         *unguided, guided = values(x, t)
         return guided if plain else combine(guided, *unguided, scale)
 
@@ -158,7 +172,8 @@ def weighted(field_y, ys, null, scales):
     Returns:
       A field, (x, t) -> like x.
     Raises:
-      ValueError: if there is not one scale a condition, a scale is not finite, or a y has not one condition an example.
+      ValueError: if there is not one scale a condition, a scale is not finite or has axes other than x's, or a y has not one
+        condition an example.
     """
     ys = [jnp.asarray(y) for y in ys]
     if len(ys) != len(scales) or not ys:
@@ -168,6 +183,8 @@ def weighted(field_y, ys, null, scales):
     values = _under(field_y, [_nulls(null, ys[0]), *ys])
 
     def field(x, t):
+        for scale in scales:
+            _multiplies(scale, x)
         unguided, *guided = values(x, t)
         return unguided + sum(scale * (value - unguided) for scale, value in zip(scales, guided, strict=True))
 
@@ -185,12 +202,17 @@ def autoguidance(field, weak_field, scale, *, combine=extrapolate):
     Returns:
       A field, (x, t) -> like x.
     Raises:
-      ValueError: if the scale is not finite.
+      ValueError: if the scale is not finite or has axes other than x's.
     """
     _check_scale(scale)
     if not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1:
         return field
-    return lambda x, t: combine(field(x, t), weak_field(x, t), scale)
+
+    def guided(x, t):
+        _multiplies(scale, x)
+        return combine(field(x, t), weak_field(x, t), scale)
+
+    return guided
 
 
 def interval(guided, otherwise, start, end):

@@ -76,7 +76,8 @@ def hutch_plus_plus(sketch, probes):
       sketch: (B, m, ...), probes that find where J is large; at most as many as x has dimensions.
       probes: (B, k, ...), as for `hutchinson`.
     Returns:
-      A divergence, (field, x, t) -> u, like x, and the estimate of each probe, (B, k), by 2 m + k products with J.
+      A divergence, (field, x, t) -> u, like x, and the estimate of each probe, (B, k), by 2 m + k products with J. Derivatives
+        hold Q, which depends on x too: their mean over the probes is the derivative of the divergence.
     Raises:
       ValueError: if m is above the number of dimensions.
     """
@@ -95,7 +96,8 @@ def hutch_plus_plus(sketch, probes):
             return pushed.reshape(vectors.shape)
 
         flat = (x.shape[0], -1, math.prod(x.shape[1:]))
-        q = jnp.linalg.qr(times_j(seen.reshape(flat)).swapaxes(1, 2))[0].swapaxes(1, 2)
+        # Held in derivatives, which stay unbiased since (4) holds for any Q: where J has not full rank, Q has none.
+        q = lax.stop_gradient(jnp.linalg.qr(times_j(seen.reshape(flat)).swapaxes(1, 2))[0].swapaxes(1, 2))
         known = jnp.einsum("bmd,bmd->b", q, times_j(q))
         rest = each.reshape(flat)
         rest = rest - jnp.einsum("bkd,bmd,bme->bke", rest, q, q)

@@ -93,8 +93,9 @@ def mean(drift, sigma, key, x, t, dt):
 
 
 def _check_key(key, n):
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key has dtype {key.dtype}, but keys are typed: make one with jax.random.key(seed).")
+    dtype = getattr(key, "dtype", type(key).__name__)
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key has dtype {dtype}, but keys are typed: make one with jax.random.key(seed).")
     if key.shape not in ((), (n,)):
         raise ValueError(f"key has shape {key.shape}, but it must be one key, (), or one an example, {(n,)}.")
 
@@ -249,7 +250,7 @@ def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Mult
       ValueError: if the grid does not increase, the keys are neither one nor one an example, the drift's output has
         another shape than x, a multistep method needs more steps than there are, or `every` does not divide their number.
     """
-    drift, sigma = _like_state(drift), _coefficient(sigma)
+    drift, sigma, x_0 = _like_state(drift), _coefficient(sigma), paths.check_float("x_0", x_0)
     _check_key(key, x_0.shape[0])
     fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
 

@@ -392,9 +392,13 @@ def _kappa(path, sigma, t, dt):
 
 
 def _renewed(z, slope, c, s, kappa, epsilon):
-    """(3)."""
-    kept = _rho(c, s) ** kappa
-    return s * (z + (1 - c) * slope) + (1 - s) * (kept * (z - c * slope) + jnp.sqrt(1 - kept**2) * epsilon)
+    """(3). Where nothing or all of the noise is kept, at the ends of a path or without sigma, derivatives take that as constant."""
+    rho = _rho(c, s)
+    log_kept = kappa * jnp.log(jnp.where(rho > 0, rho, 1))
+    log_kept = jnp.where(rho > 0, log_kept, jnp.where(kappa > 0, -jnp.inf, 0))
+    renewed = log_kept < 0
+    fresh = jnp.where(renewed, jnp.sqrt(-jnp.expm1(2 * jnp.where(renewed, log_kept, -1))), 0)
+    return s * (z + (1 - c) * slope) + (1 - s) * (jnp.exp(log_kept) * (z - c * slope) + fresh * epsilon)
 
 
 def _check_order(order):

@@ -82,13 +82,12 @@ def coefficients(path, t, *, source, target):
 def _solve(alpha, beta, a, b, c, d):
     """The p and q of (2), from the row of x, of the source and of the target."""
     a, b, scale = _unit(a, b)
-    p, q = c * b - d * a, alpha * d - beta * c
-    # Parallel rows need no solve, and at the ends of a path the solve would divide zero by zero there. Elsewhere both ways must
-    # be right, each without the other: a compiler may round the same p to 0 in one place and not in the next.
-    is_value = (p == 0) & ((a != 0) | (b != 0))
-    is_x = (q == 0) & ~is_value
-    determinant = alpha * b - beta * a
-    determinant = jnp.where((determinant == 0) & (is_value | is_x), 1, determinant)
+    p, q, determinant = c * b - d * a, alpha * d - beta * c, alpha * b - beta * a
+    # Where the rows of x and of the source are parallel there is nothing to solve: the target is the one or the other, or unknown.
+    # Nowhere else, since a branch that is right at one time alone has the wrong derivative there.
+    is_value = (determinant == 0) & (p == 0) & ((a != 0) | (b != 0))
+    is_x = (determinant == 0) & (q == 0) & ~is_value
+    determinant = jnp.where(is_value | is_x, 1, determinant)
     value_norm, x_norm = (jnp.where(norm == 0, 1, norm) for norm in (a**2 + b**2, alpha**2 + beta**2))
     p = jnp.where(is_value, 0, jnp.where(is_x, (alpha * c + beta * d) / x_norm, p / determinant))
     q = jnp.where(is_value, (a * c + b * d) / value_norm, jnp.where(is_x, 0, q / determinant))

@@ -148,6 +148,15 @@ def test_bad_input_is_named(key):
             guidance.classifier(lambda x, t: x, lambda x, t: x.sum(1), scale)
     with pytest.raises(ValueError, match=r"y has shape \(3,\), but it must hold one condition an example"):
         guidance.classifier_free(field_y, y[:3], NULL, 2.0)(x, 0.5)
+    # One an example that would meet the last axis instead.
+    square, scales, plain = jnp.zeros((4, 4)), jnp.arange(4.0), lambda x, t: x
+    for field in (
+        guidance.classifier_free(field_y, y, NULL, scales),
+        guidance.weighted(field_y, [y], NULL, [scales]),
+        guidance.autoguidance(plain, plain, scales),
+    ):
+        with pytest.raises(ValueError, match=r"scale has shape \(4,\), but it multiplies x of shape \(4, 4\): .* shape \(4, 1\)"):
+            field(square, 0.5)
     for rate in (-0.1, 1.5, jnp.nan):
         with pytest.raises(ValueError, match=r"rate is .*a probability"):
             guidance.drop_labels(key, y, NULL, rate)
@@ -195,6 +204,9 @@ def test_every_combination_is_no_guidance_at_scale_one(combine, key, x64):
     # No example sees another, and zeros are no trouble.
     np.testing.assert_allclose(combine(guided, unguided, 3.0)[2:4], combine(guided[2:4], unguided[2:4], 3.0), rtol=1e-12)
     assert jnp.isfinite(combine(jnp.zeros_like(guided), jnp.zeros_like(guided), 3.0)).all()
+    # Nor are they in derivatives, as of a network that starts at zero; nor are values that agree, as under a dropped label.
+    for value in (jnp.zeros_like(guided), guided):
+        assert all(jnp.isfinite(each).all() for each in jax.grad(lambda *both: combine(*both, 3.0).sum(), (0, 1))(value, value))
 
 
 def test_combinations_are_their_formulas(key, x64):

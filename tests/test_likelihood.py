@@ -1,6 +1,7 @@
 """Likelihood: the exact density of a mixture's flow, estimates within their standard errors, gradients by differences."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,16 @@ def test_hutch_plus_plus_is_exact_on_what_its_sketch_spans(key, x64):
     x, probes = jnp.ones((2, 12)), rademacher(key, 2, 4, 12)
     each = likelihood.hutch_plus_plus(probes[:, :3], probes[:, 3:])(linear(left.T @ right), x, 0.5)[1]
     np.testing.assert_allclose(each, jnp.trace(left.T @ right), rtol=1e-10)
+
+
+def test_derivatives_of_hutch_plus_plus(key, x64):
+    """Over all signs, whose mean is the expectation, those of the trace: of any rank, though Q has no derivative below the full one."""
+    signs = jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=3)))
+    x, probes = jax.random.normal(key, (2, 3)), jnp.broadcast_to(signs, (2, 8, 3))
+    estimate = likelihood.hutch_plus_plus(probes[:, :2], probes)
+    trace = lambda matrix, divergence: divergence(lambda x, t: jnp.tanh(x @ matrix.T), x, 0.5)[1].reshape(2, -1).mean(1).sum()
+    for matrix in (jnp.zeros((3, 3)), jnp.ones((3, 3)), jax.random.normal(key, (3, 3))):
+        np.testing.assert_allclose(jax.grad(trace)(matrix, estimate), jax.grad(trace)(matrix, likelihood.exact), rtol=1e-10, atol=1e-12)
 
 
 def test_sampling_and_its_way_back_agree(key, x64):

@@ -257,6 +257,8 @@ def test_bad_input_is_named(key):
         sampling.sample_sde(lambda x, t: x[:, :1], 1.0, key, x, grid)
     with pytest.raises(TypeError, match="x_0 has dtype int32"):
         sampling.sample_ode(same, jnp.zeros((4, 3), int), grid)
+    with pytest.raises(TypeError, match=r"key has dtype int, but keys are typed: make one with jax\.random\.key"):
+        sampling.sample_sde(same, 1.0, 0, x, grid)
     with pytest.raises(TypeError, match=r"keys are typed: make one with jax\.random\.key"):
         sampling.sample_sde(same, 1.0, jax.random.PRNGKey(0), x, grid)
     with pytest.raises(ValueError, match=r"key has shape \(3,\), but it must be one key, \(\), or one an example, \(4,\)"):

@@ -319,6 +319,24 @@ def test_a_multistep_sampler_is_differentiable(key, x64):
     assert jnp.isfinite(by_grid).all()
 
 
+def test_a_sampler_with_noise_is_differentiable(key, x64):
+    """In its grid's inner times too, as `times.fitted` needs: at noise and data what is kept of the noise has an infinite slope."""
+    path = paths.Linear()
+    ancestral, second = solvers.ancestral(path), solvers.sde_dpm_solver_pp(path)
+    cases = (ancestral, diffusion.by_noise(path)), (ancestral, 0.0), (second, diffusion.natural(path))
+
+    @jax.jit
+    def samples(grid):
+        follow = lambda step, sigma: sampling.sample_sde(lambda x, t: -t * x, sigma, key, jnp.ones((1, 1)), grid, step=step)[0][0, 0]
+        return jnp.stack([follow(*case) for case in cases])
+
+    grid, h = times.grid(4).astype(float), 1e-6
+    gradients = jax.jit(jax.jacrev(samples))(grid)
+    for i in (1, 2, 3):
+        difference = (samples(grid.at[i].add(h)) - samples(grid.at[i].add(-h))) / (2 * h)
+        np.testing.assert_allclose(gradients[:, i], difference, rtol=1e-5, atol=1e-6)
+
+
 def test_thinned_trajectories(key):
     field = lambda x, t: -x * t
     x_0, grid = jax.random.normal(key, (4, 2)), times.grid(12)

@@ -1,5 +1,7 @@
 """Targets: every pair converts there and back, by the notes' formulas, up to the ends of the path."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,28 @@ def test_coefficients_at_the_ends_are_their_limits(path, source, target):
         at_end = targets.coefficients(path, jnp.array(end), source=source, target=target)
         if all(abs(float(value)) < 100 for value in limit):
             np.testing.assert_allclose(at_end, [float(value) for value in limit], atol=3e-3)
+
+
+def test_derivatives_of_coefficients_in_time(x64):
+    """Of the linear path in closed form, to the second order: at its ends, and where a coefficient is 0 in passing."""
+    known = {
+        (targets.velocity, targets.score): lambda t: (-1 / (1 - t), t / (1 - t)),
+        (targets.velocity, targets.noise): lambda t: (1.0 + 0 * t, -t),
+        (targets.velocity, targets.data): lambda t: (1.0 + 0 * t, 1 - t),
+        (targets.velocity, targets.v): lambda t: (2 * t - 1, -(t**2) - (1 - t) ** 2),
+        (targets.noise, targets.velocity): lambda t: (1 / t, -1 / t),
+        (targets.data, targets.velocity): lambda t: (-1 / (1 - t), 1 / (1 - t)),
+        (targets.data, targets.noise): lambda t: (1 / (1 - t), -t / (1 - t)),
+    }
+    for (source, target), formula in known.items():
+        ours = functools.partial(targets.coefficients, paths.Linear(), source=source, target=target)
+        for t in (0.0, 0.5, 1.0):
+            expected = formula(jnp.asarray(t))
+            if not np.isfinite(expected).all():
+                continue
+            np.testing.assert_allclose(ours(t), expected, atol=1e-12)
+            for derivative in (jax.jacfwd, jax.jacrev, lambda f: jax.jacfwd(jax.jacrev(f))):
+                np.testing.assert_allclose(derivative(ours)(t), derivative(formula)(t), atol=1e-12)
 
 
 def test_ends_that_matter_are_finite():

@@ -9,6 +9,8 @@ two values of (1) are put together is a function `(guided, unguided, scale) -> v
 `projected(...)` and `rescaled(...)` are others, and so is yours. All give the guided value at scale 1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,14 +305,19 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
         transpose = jax.linear_transpose(operator, expected[0])
         variance = jnp.broadcast_to((spread or default)(t) ** 2, x.shape[:1])
 
-        def solve(variance, residual):
-            return jax.scipy.sparse.linalg.cg(lambda v: variance * operator(transpose(v)[0]) + noise**2 * v, residual, maxiter=iterations)[
-                0
-            ]
+        conjugate_gradients = functools.partial(jax.scipy.sparse.linalg.cg, tol=float(jnp.finfo(measured.dtype).eps), maxiter=iterations)
 
-        pull = jax.vmap(lambda *each: transpose(solve(*each))[0])(variance, jnp.asarray(y, measured.dtype) - measured)
+        def pull(variance, y, measured):
+            # What A cannot give, such as numbers behind a mask, leaves the system without a solution where there is no noise.
+            possible = operator(conjugate_gradients(lambda v: transpose(operator(v))[0], transpose(y)[0])[0])
+            residual = possible - measured
+            # The system depends on what it is solved for, since JAX has no second derivative of a solution where one of them is constant.
+            variance = variance + 0 * residual.sum()
+            return transpose(conjugate_gradients(lambda v: variance * operator(transpose(v)[0]) + noise**2 * v, residual)[0])[0]
+
+        pulled = jax.vmap(pull)(variance, jnp.asarray(y, measured.dtype), measured)
         b = targets.coefficients(path, paths.lift(t, x), source=targets.score, target=targets.velocity)[1]
-        return u + b * pull_back(pull)[0]
+        return u + b * pull_back(pulled)[0]
 
     return guided
 

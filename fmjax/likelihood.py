@@ -129,7 +129,7 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=samp
         return u, -trace
 
     x_0, integral = _integrate(backwards, rate, x_1, times, step)
-    return _density(log_density_0(x_0), integral, x_0)
+    return _density(log_density_0(x_0), integral, x_0.astype(jnp.asarray(x_1).dtype))
 
 
 def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.rk4):
@@ -149,7 +149,7 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.
       ValueError: if the grid does not increase, or probes do not have x's shape.
     """
     x_1, integral = _integrate(field, divergence, x_0, times, step)
-    return _density(log_density_0(x_0), integral, x_1)
+    return _density(log_density_0(x_0), integral, x_1.astype(jnp.asarray(x_0).dtype))
 
 
 def normal(x):
@@ -189,20 +189,20 @@ def bits_per_dimension(log_p, shape, width):
 def _integrate(field, divergence, x, times, step):
     """The end of the trajectories, and the integral of the divergence along them: one state with a column more, or k."""
     x = paths.check_float("x", x)
-    shape, dtype = x.shape, x.dtype
-    # The integral is a sum of many dimensions, of which half precision would keep two or three digits.
-    x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    shape = x.shape
+    # The integral is a sum of many dimensions, of which half precision would keep two or three digits; so is the density at the end.
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     columns = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, jnp.asarray(times)[0]).shape[1:]
     count = math.prod(columns)
 
     def both(z, t):
         u, trace = divergence(field, z[:, : z.shape[1] - count].reshape(shape), t)
         paths.check_like("The field's output", u, z[:, : z.shape[1] - count].reshape(shape))
-        return jnp.concatenate([u.reshape(len(z), -1), trace.reshape(len(z), -1)], axis=1)
+        return jnp.concatenate([u.reshape(z.shape[0], -1), trace.reshape(z.shape[0], -1)], axis=1)
 
     z = jnp.concatenate([x.reshape(x.shape[0], -1), jnp.zeros((x.shape[0], count), x.dtype)], axis=1)
     z, _ = sampling.sample_ode(both, z, times, step=step)
-    return z[:, : z.shape[1] - count].reshape(shape).astype(dtype), z[:, z.shape[1] - count :].reshape(x.shape[0], *columns)
+    return z[:, : z.shape[1] - count].reshape(shape), z[:, z.shape[1] - count :].reshape(x.shape[0], *columns)
 
 
 def _density(log_p_0, integral, x):
@@ -224,4 +224,4 @@ def _probes(name, probes, x):
 
 def _dot(a, b):
     """Of each example, (B,)."""
-    return (a * b).reshape(len(b), -1).sum(-1)
+    return (a * b).reshape(b.shape[0], -1).sum(-1)

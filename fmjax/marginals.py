@@ -89,7 +89,9 @@ def _posterior(path, distribution, x, t):
     log_weights, means, scales = _components(distribution)
     if means.shape[1] != x.shape[1]:
         raise ValueError(f"x has shape {shape}, that is {x.shape[1]} numbers an example, but the distribution has {means.shape[1]}.")
-    block = max(1, min(len(means), _BLOCK_NUMBERS // max(1, x.size)))
+    # A batch of any size, as `export` has it, is taken for a large one.
+    numbers = x.size if isinstance(x.shape[0], int) else 1024 * x.shape[1]
+    block = max(1, min(len(means), _BLOCK_NUMBERS // max(1, numbers)))
     log_p, data, score = _over_components(path.alpha(t), path.beta(t), log_weights, means, scales, x.astype(t.dtype), block)
     return log_p, data.reshape(shape), score.reshape(shape)
 

@@ -241,7 +241,10 @@ def pmap(step, mesh):
             return by_device(state, key, jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch))
 
     def run(state, key, batch):
-        batch_sharding(mesh, len(jax.tree.leaves(batch)[0]))
+        leaves = jax.tree.leaves(batch)
+        if not leaves:
+            raise ValueError("The batch has no arrays, so no device has a part of it: give indices as a batch where there is no data.")
+        batch_sharding(mesh, len(leaves[0]))
         return mapped(state, key, batch)
 
     return run

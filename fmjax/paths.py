@@ -87,7 +87,8 @@ class VariancePreserving:
 class Polynomial:
     """The linear path with its clock changed, alpha_t = t^power, beta_t = 1 - t^power.
 
-    For a power above 1 the velocity vanishes at t = 0; below 1 it is infinite there.
+    For a power above 1 the velocity vanishes at t = 0 and says nothing of the data there: grids of `fmjax.solvers` start later.
+    Below 1 it is infinite there.
     """
 
     power: float = 2.0

@@ -12,6 +12,7 @@ its size does not depend on their length. The functions are not compiled by them
 `jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -121,7 +122,9 @@ def noise(key, shape, dtype=jnp.float32):
     n, size = shape[0], math.prod(shape[1:])
     if key.ndim == 0:
         return jax.random.normal(key, (n, size), dtype).reshape(shape)
-    return jax.vmap(lambda key: jax.random.normal(key, (size,), dtype))(key).reshape(shape)
+    # Of the generators only the default one draws the same under `vmap` as alone.
+    over = jax.vmap if jax.random.key_impl(key) == "threefry2x32" else lambda draw: functools.partial(lax.map, draw)
+    return over(lambda key: jax.random.normal(key, (size,), dtype))(key).reshape(shape)
 
 
 def _check_times(times, dtype):
@@ -131,12 +134,13 @@ def _check_times(times, dtype):
             f"times has shape {jnp.shape(times)}, but a grid is one-dimensional with at least two times, such as jnp.linspace(0, 1, 51)."
         )
     if not isinstance(times, Tracer):
-        values = np.asarray(times, np.float64)
+        values = np.asarray(times).astype(dtype)
         backwards = np.flatnonzero(~(np.diff(values) > 0))
         if backwards.size:
             i = int(backwards[0])
             raise ValueError(
-                f"times must increase, but times[{i}] is {values[i]:g} and times[{i + 1}] is {values[i + 1]:g}; 0 is noise, 1 is data."
+                f"times must increase, but times[{i}] is {values[i]:g} and times[{i + 1}] is {values[i + 1]:g} in {values.dtype}; "
+                "0 is noise, 1 is data."
             )
     return jnp.asarray(times, dtype)
 
@@ -156,7 +160,10 @@ def _follow(advance, memory, x_0, times, last, save, every):
     """Scans advance(index, memory, x, t, dt) over the grid, in float32 or wider; a last step that is another follows the scan."""
     x_0 = paths.check_float("x_0", x_0)
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
-    times = _check_times(times, dtype)
+    # Where the grid is known it stays so inside `jax.jit`, for the checks of multistep methods.
+    with jax.ensure_compile_time_eval():
+        times = _check_times(times, dtype)
+        scanned = times if last is None else times[:-1]
     steps = len(times) - 1 - (last is not None)
     if not steps:
         raise ValueError("times has one step, but there is another last step: take two steps at least, or leave `last` out.")
@@ -174,7 +181,6 @@ def _follow(advance, memory, x_0, times, last, save, every):
         (memory, x), _ = lax.scan(body, carry, intervals)
         return (memory, x), save(x, intervals[1][-1] + intervals[2][-1])
 
-    scanned = times if last is None else times[:-1]
     carry = memory(x_0.astype(dtype), scanned), x_0.astype(dtype)
     intervals = jnp.arange(steps), scanned[:-1], jnp.diff(scanned)
     if save is None or every == 1:
@@ -287,7 +293,8 @@ def reverse(field, times):
 
 def _coefficient(sigma: Any) -> Callable[[Any], Any]:
     """sigma as a function of t."""
-    return sigma if callable(sigma) else lambda t: sigma
+    # In t's dtype, which is the state's: a wider number would widen it.
+    return lambda t: jnp.asarray(sigma(t) if callable(sigma) else sigma, jnp.result_type(t))
 
 
 def extend(velocity_field, score_field, sigma):

@@ -16,9 +16,9 @@ the last two are DDIM. The polynomials are in a clock k(c) in which y is smooth 
 
     dD/dc = (1 - c) d(D - E)/dc,   dE/dc = -c d(D - E)/dc,   so k = (1 - c)^2 for D, c^2 for E, c for D - E.
 
-Nothing in (2) is infinite at noise or data then, and no step falls back to a lower order there. In k = c the last of equal steps
-would err by an order more than the others, since D comes to rest at data. Published methods take the log signal-to-noise
-ratio, log c / (1 - c), and fall back where that is infinite; `clock=log_ratio` does so here.
+Nothing in (2) is infinite at noise or data then, unless the velocity is 0 there (`paths.Polynomial`), and no step falls back to a
+lower order. In k = c the last of equal steps would err by an order more than the others, since D comes to rest at data. Published
+methods take the log signal-to-noise ratio, log c / (1 - c), and fall back where that is infinite; `clock=log_ratio` does so here.
 
 With noise, sigma_t^2 = 2 kappa b_t and the notes' b_t, holding D gives for kappa constant over a step
 
@@ -172,7 +172,8 @@ def ancestral(path):
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
     Returns:
-      A step for `sampling.sample_sde` along a velocity: one evaluation, weak order 1; finite at noise and data.
+      A step for `sampling.sample_sde` along a velocity: one evaluation, weak order 1; finite at noise and data. Derivatives in the
+        times of the grid hold for its inner ones; in an end at noise or data they leave out how much noise is kept.
     """
 
     def step(velocity, sigma, key, x, t, dt):
@@ -203,13 +204,18 @@ def sde_dpm_solver_pp(path, *, clock=_squared_noise):
         c, s, kappa = paths.signal_at(path, t), paths.signal_at(path, t + dt), _kappa(path, sigma, t, dt)
         data = z + (1 - c) * slope
         z = _renewed(z, slope, c, s, kappa, sampling.noise(key, x.shape, x.dtype))
-        weights = _basis_weights(clock, clocks, index > 0, c, s, lambda r: s * (1 - _rho(r, s) ** (1 + kappa)))
+
+        def kernel(r):
+            rho = _rho(r, s)
+            return s * (1 - rho * jnp.exp(_log_kept(rho, kappa)))
+
+        weights = _basis_weights(clock, clocks, index > 0, c, s, kernel)
         z = z + _combine(weights, values - data[None])
         return _size(path, t + dt) * z, (index + 1, c[None], data[None])
 
     def init(x, times):
         _check_steps(2, times)
-        _check_domain(times)
+        _check_domain(path, times)
         return jnp.zeros((), int), jnp.zeros(1, times.dtype), jnp.zeros((1, *x.shape), x.dtype)
 
     return sampling.Multistep(init, step)
@@ -343,7 +349,7 @@ def _multistep(path, held, order, *, corrected=False, start=None, clock=_identit
     def init(x, times):
         _check_steps(order, times)
         if held is not _SLOPE:
-            _check_domain(times)
+            _check_domain(path, times)
         past = jnp.zeros_like(x) if length else None
         return jnp.zeros((), int), past, past, jnp.zeros(length, times.dtype), jnp.zeros((length, *x.shape), x.dtype)
 
@@ -385,6 +391,12 @@ def _rho(c, s):
     return c * (1 - s) / (s * (1 - c))
 
 
+def _log_kept(rho, kappa):
+    """log rho^kappa; derivatives take it as constant where rho is 0, for the power's may be infinite there."""
+    inside = rho > 0
+    return jnp.where(inside, kappa * jnp.log(jnp.where(inside, rho, 1)), jnp.where(kappa > 0, -jnp.inf, 0))
+
+
 def _kappa(path, sigma, t, dt):
     """sigma^2 / (2 b) at the middle of a step: where it starts b may be infinite, where it ends 0."""
     middle = t + dt / 2
@@ -392,10 +404,8 @@ def _kappa(path, sigma, t, dt):
 
 
 def _renewed(z, slope, c, s, kappa, epsilon):
-    """(3). Where nothing or all of the noise is kept, at the ends of a path or without sigma, derivatives take that as constant."""
-    rho = _rho(c, s)
-    log_kept = kappa * jnp.log(jnp.where(rho > 0, rho, 1))
-    log_kept = jnp.where(rho > 0, log_kept, jnp.where(kappa > 0, -jnp.inf, 0))
+    """(3)."""
+    log_kept = _log_kept(_rho(c, s), kappa)
     renewed = log_kept < 0
     fresh = jnp.where(renewed, jnp.sqrt(-jnp.expm1(2 * jnp.where(renewed, log_kept, -1))), 0)
     return s * (z + (1 - c) * slope) + (1 - s) * (jnp.exp(log_kept) * (z - c * slope) + fresh * epsilon)
@@ -406,12 +416,16 @@ def _check_order(order):
         raise ValueError(f"order is {order}, but a multistep method uses at least one value.")
 
 
-def _check_domain(times):
-    """Raises where a grid leaves the path, wherever its values are known."""
+def _check_domain(path, times):
+    """Raises where a grid leaves the path, or starts where its velocity says nothing, wherever their values are known."""
     if not isinstance(times, Tracer):
         first, last = np.asarray(times)[[0, -1]]
         if first < 0 or last > 1:
             raise ValueError(f"times go from {first:g} to {last:g}, but a path goes from 0, noise, to 1, data.")
+        with jax.ensure_compile_time_eval():
+            row = targets.velocity(path, first)
+        if not any(isinstance(entry, Tracer) for entry in row) and not np.any(row):
+            raise ValueError(f"The velocity of {path} is 0 at t = {first:g} and says nothing of the data: start the grid later.")
 
 
 def _check_steps(order, times):

@@ -68,8 +68,9 @@ def coefficients(path, t, *, source, target):
       source: the target that is known, a function `(path, t) -> (a, b)`.
       target: the target that is wanted, likewise.
     Returns:
-      p and q, each like t. They are finite wherever their limit is, with one exception: where alpha_t = 0 the noise
-      and the score say nothing of the data, and where beta_t = 0 the data say nothing of the noise.
+      p and q, each like t. They are finite wherever their limit is, with these exceptions: where alpha_t = 0 the noise and the
+      score say nothing of the data, and a velocity that is 0 there neither (`paths.Polynomial` at noise, for a power above 1);
+      where beta_t = 0 the data say nothing of the noise.
     """
     t = jnp.asarray(t, jnp.result_type(float, t))
     if source is target:

@@ -93,7 +93,7 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
       accumulate: parts of a batch whose gradients are computed one after another, to save memory, and averaged. Part i
         takes every `accumulate`-th example from the i-th on, and folds i into the key.
     Returns:
-      (state, key, batch) -> (state, metrics), with metrics `loss` and `grad_norm`, float32 scalars.
+      (state, key, batch) -> (state, metrics), with metrics `loss` and `grad_norm`, scalars of float32, or float64 where that is enabled.
     Raises:
       ValueError: if an ema_decay is not in [0, 1), or accumulate is less than 1; of the step, if it does not divide
         the batch or the state has not as many averages as there are decays.
@@ -194,7 +194,7 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
 
     if not donate:
         state = jax.tree.map(jnp.copy, state)
-    stay = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else None, state)
+    stay = jax.tree.map(lambda x: x.sharding if isinstance(getattr(x, "sharding", None), NamedSharding) else None, state)
     take = jax.jit(take, donate_argnums=0, out_shardings=(stay, stay.step, None))
     # On the devices of the state, as it comes back from a step: another placement would compile the step again.
     alive = jnp.ones_like(state.step, bool)

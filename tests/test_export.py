@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import export, guidance, sampling, solvers, times
+from fmjax import export, guidance, likelihood, marginals, sampling, solvers, times
 from fmjax.models import dit, unet
 from fmjax.paths import Linear
 
@@ -63,6 +63,17 @@ def test_a_unet_takes_any_batch(key, tmp_path):
     velocity = export.load(tmp_path / "unet.jax")
     for n in (1, 5):
         np.testing.assert_allclose(velocity(x[:n]), jax.jit(model.apply)(params, x[:n], 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_exact_fields_and_log_densities_take_any_batch(key, tmp_path):
+    field = marginals.velocity(Linear(), marginals.Empirical(jnp.eye(3)))
+
+    def density(x):
+        return likelihood.log_density(field, likelihood.normal, x, times.grid(3, end=0.9)).log_p
+
+    x = sampling.noise(key, (5, 3))
+    export.save(tmp_path / "density.jax", density, x[:1])
+    np.testing.assert_allclose(export.load(tmp_path / "density.jax")(x), density(x), rtol=1e-5)
 
 
 def test_noise_from_a_seed(key, tmp_path):

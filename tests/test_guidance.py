@@ -297,6 +297,24 @@ def test_inverse_problems_of_gaussian_data_are_solved_exactly(path, key, x64):
         np.testing.assert_allclose(np.cov(x_1.T), covariance, atol=0.1, err_msg=which)
 
 
+def test_what_is_behind_a_mask_does_not_matter(key, x64):
+    """Neither in the value nor in derivatives to the second order, with and without noise."""
+    path, mask, x = paths.Linear(), jnp.array([1.0, 0.0, 1.0]), jax.random.normal(key, (2, 3))
+
+    def guided(y, noise):
+        return guidance.linear_inverse(path, lambda x, t: jnp.sin(x), lambda x: mask * x, y, noise=noise)(x, 0.5)
+
+    y = x + 1
+    for noise in (0.0, 0.1):
+        np.testing.assert_allclose(guided(y, noise), guided(mask[None] * y, noise), rtol=1e-12)
+        loss = lambda y, noise=noise: (guided(y, noise) ** 2).sum()
+        gradient, h = jax.grad(loss)(y), 1e-5 * jnp.ones_like(y)
+        np.testing.assert_allclose(gradient[:, 1], 0, atol=1e-12)
+        np.testing.assert_allclose((loss(y + h) - loss(y - h)) / 2e-5, gradient.sum(), rtol=1e-6)
+        curved = jax.jvp(jax.grad(loss), (y,), (jnp.ones_like(y),))[1]
+        np.testing.assert_allclose(curved, (jax.grad(loss)(y + h) - jax.grad(loss)(y - h)) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
 def test_a_measurement_of_another_shape_is_named(key):
     x = jax.random.normal(key, (4, 2))
     field = guidance.linear_inverse(paths.Linear(), lambda x, t: -x, lambda x: x[:1], jnp.zeros((4, 2)))

@@ -271,6 +271,8 @@ def test_bad_meshes_and_batches():
         parallel.batch_sharding(parallel.mesh(), 12)
     with pytest.raises(ValueError, match="batch of 12 does not divide among 8"):
         parallel.pmap(lambda state, key, batch: (state, {}), parallel.mesh())({}, KEY, jnp.ones((12, 2)))
+    with pytest.raises(ValueError, match="The batch has no arrays"):
+        parallel.pmap(lambda state, key, batch: (state, {}), parallel.mesh())({}, KEY, None)
     with pytest.raises(ValueError, match="batch of 16 does not divide into the 3 parts"):
         jax.eval_shape(step_of(functools.partial(loss_fn, MODEL), accumulate=3), alone_at(), KEY, batch(0))
     with pytest.raises(ValueError, match="accumulate is 0"):

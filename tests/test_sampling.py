@@ -237,6 +237,7 @@ same = lambda x, t: x
     ("times", "message"),
     [
         (jnp.array([0.0, 0.5, 0.5, 1.0]), r"times must increase, but times\[1\] is 0.5 and times\[2\] is 0.5"),
+        (np.array([0.0, 0.5, 0.5 + 1e-9, 1.0]), r"times\[1\] is 0.5 and times\[2\] is 0.5 in float32"),
         (jnp.linspace(1, 0, 5), r"times must increase, but times\[0\] is 1 and times\[1\] is 0.75"),
         (jnp.array([0.0, jnp.nan]), r"times must increase, but times\[0\] is 0 and times\[1\] is nan"),
         (jnp.array([0.0]), r"times has shape \(1,\), but a grid is one-dimensional with at least two times"),
@@ -265,3 +266,15 @@ def test_bad_input_is_named(key):
         sampling.sample_sde(same, 1.0, jax.random.split(key, 3), x, grid)
     with pytest.raises(TypeError, match="steps"):
         sampling.sample_ode(same, x, grid, steps=5)
+
+
+def test_a_wide_sigma_does_not_widen_the_state(key, x64):
+    for step in (sampling.euler_maruyama, sampling.stochastic_heun):
+        for sigma in (np.float64(0.5), lambda t: jnp.float64(0.5)):
+            end, _ = sampling.sample_sde(same, sigma, key, x.astype(jnp.float32), jnp.linspace(0, 1, 3, dtype=jnp.float32), step=step)
+            assert end.dtype == jnp.float32
+
+
+def test_keys_of_any_generator_draw_alone_what_they_draw_together():
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 4)
+    np.testing.assert_array_equal(sampling.noise(keys, (4, 3))[2:], sampling.noise(keys[2:], (2, 3)))

@@ -323,7 +323,7 @@ def test_a_sampler_with_noise_is_differentiable(key, x64):
     """In its grid's inner times too, as `times.fitted` needs: at noise and data what is kept of the noise has an infinite slope."""
     path = paths.Linear()
     ancestral, second = solvers.ancestral(path), solvers.sde_dpm_solver_pp(path)
-    cases = (ancestral, diffusion.by_noise(path)), (ancestral, 0.0), (second, diffusion.natural(path))
+    cases = (ancestral, diffusion.by_noise(path)), (ancestral, 0.0), (second, diffusion.by_noise(path))
 
     @jax.jit
     def samples(grid):
@@ -335,6 +335,11 @@ def test_a_sampler_with_noise_is_differentiable(key, x64):
     for i in (1, 2, 3):
         difference = (samples(grid.at[i].add(h)) - samples(grid.at[i].add(-h))) / (2 * h)
         np.testing.assert_allclose(gradients[:, i], difference, rtol=1e-5, atol=1e-6)
+
+    # To the second order too.
+    curved = jax.jit(lambda grid: jax.jvp(jax.grad(lambda grid: samples(grid)[2]), (grid,), (jnp.eye(5)[2],)))
+    ahead, behind = (curved(grid.at[2].add(change))[0] for change in (h, -h))
+    np.testing.assert_allclose(curved(grid)[1][1:-1], ((ahead - behind) / (2 * h))[1:-1], rtol=1e-4, atol=1e-6)
 
 
 def test_thinned_trajectories(key):
@@ -361,6 +366,11 @@ def test_a_grid_that_leaves_the_path_is_named():
         follow(jnp.zeros((2, 2)))
     follow(jnp.zeros((2, 2)), times.grid(4))
     jax.jit(lambda x: sampling.sample_ode(lambda x, t: -x, x, times.grid(4), step=solvers.deis(paths.Cosine(), 2))[0])(jnp.zeros((2, 2)))
+    # A velocity that is 0 says nothing of the data.
+    vanishing = solvers.unipc(paths.Polynomial(2.0), 2)
+    with pytest.raises(ValueError, match=r"The velocity of Polynomial\(power=2.0\) is 0 at t = 0 and says nothing .* start the grid later"):
+        sampling.sample_ode(lambda x, t: -t * x, jnp.zeros((2, 2)), times.grid(4), step=vanishing)
+    assert jnp.isfinite(sampling.sample_ode(lambda x, t: -t * x, jnp.zeros((2, 2)), times.grid(4, start=0.01), step=vanishing)[0]).all()
     # Any field on any grid is Adams and Bashforth's business.
     sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), jnp.linspace(0, 5, 9), step=solvers.adams_bashforth(2))
 

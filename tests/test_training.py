@@ -244,6 +244,9 @@ def test_fit_trains_in_the_memory_of_a_donated_state():
     assert_equal(*states)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
+    # Parameters from elsewhere are NumPy's.
+    loaded = training.init(jax.tree.map(np.asarray, params()), MOMENTUM)
+    assert_equal(fit(step, loaded, batches(), steps=3, donate=True)[0], states[0])
 
 
 def test_fit_gives_a_step_the_key_of_its_number():

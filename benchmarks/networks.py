@@ -8,20 +8,20 @@ What a row says, and how it is measured, is at the head of `benchmarks/rows.py`.
 - `scan`: what the loop over the blocks saves: compile time and the length of the compiled program, over the unrolled network's.
 - `remat`: what a loop and recomputing the blocks save: temporary memory of the train step, as the compiler counts it.
 - `loop`: what these cost: the train step's run time.
-- `convolution`: the gradient of a 3 x 3 convolution, `unet.convolve` over XLA's own, and PyTorch over it.
-- `transformer` and `lab_unet`: PyTorch's run time over fmjax's, so above 1 where fmjax is faster. The twins in
+- `convolution`, `transformer` and `lab_unet`: PyTorch's run time over fmjax's, so above 1 where fmjax is faster. The twins in
   `benchmarks/pytorch.py` have the same weights; the rows "largest difference" come first and say that outputs and gradients are
   the same. A train step is flow matching with its noise drawn, Adam, and an average of the parameters, on both sides. PyTorch
   runs as it comes ("eager") and, where it finds a compiler, by `torch.compile`.
 
 Where PyTorch is faster, and why:
 
-- The U-Net and convolutions: XLA's convolution on a CPU is half as fast as oneDNN's, which PyTorch calls, or less, and its
-  gradient with respect to the kernel a quarter as fast for a large batch, which falls out of the cache; `unet.convolve` takes
-  that one part by part. On a GPU and a TPU both call the maker's convolutions.
+- The U-Net and convolutions: PyTorch calls oneDNN, whose gradients of a convolution are the faster ones. jaxlib 0.10 makes it worse on
+  a CPU, where it hands convolutions to YNNPACK, which takes up to twice as long as Eigen, which it calls otherwise; jaxlib 0.12 has
+  both alike. So `make bench-networks` leaves the convolutions to Eigen (`XLA_FLAGS`). On a GPU and a TPU both call the maker's.
 - The transformer's train step, whose forward pass is the faster one here. `layers.Dense` avoids products that sum over two axes at
-  once, which were a part of it. Memory in huge pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`) saves PyTorch a tenth of the time
-  and fmjax a sixth; the rest has not been traced to its operations yet.
+  once, which were a part of it; the rest has not been traced to its operations yet.
+
+Both sides have their memory in huge pages, which fmjax gains more from.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def chosen(config):
     parts = [scan, remat, loop, convolution, transformer, lab_unet]
     if config.only:
         parts = [part for part in parts if part.__name__ in config.only]
-    return [part for part in parts if part not in (transformer, lab_unet) or beside_torch(config, part)]
+    return [part for part in parts if part not in (convolution, transformer, lab_unet) or beside_torch(config, part)]
 
 
 def beside_torch(config, part):
@@ -163,27 +163,20 @@ def loop(config):
 
 def convolution(config):
     """The gradient of a 3 x 3 convolution with respect to images and kernel, alone."""
-    torch = importlib.import_module("torch") if beside_torch(config, convolution) else None
+    torch, packages = importlib.import_module("torch"), ("torch",)
     for side, channels in ((28, 32), (14, 64), (7, 128)):
         keys = jax.random.split(jax.random.key(config.seed), 3)
         x, g = (sampling.noise(key, (config.batch, side, side, channels)) for key in keys[:2])
         kernel = jax.random.normal(keys[2], (3, 3, channels, channels)) / np.sqrt(9 * channels)
 
-        def gradient(convolve, x, kernel, g):
-            return jax.vjp(lambda x, kernel: convolve(x, kernel, 1), x, kernel)[1](g)
+        def gradient(x, kernel, g):
+            return jax.vjp(unet.convolve, x, kernel)[1](g)
 
-        functions = [functools.partial(gradient, convolve) for convolve in (unet.convolve, unet._direct)]
-        peers = [] if torch is None else [functools.partial(torch_gradient, torch, x, kernel, g)]
-        makers = [*rows.each(functions, x, kernel, g), *peers]
-        timed, calls = rows.in_turns(config, makers), [make() for make in makers]
-        name = f"gradient of a 3 x 3 convolution, ({config.batch}, {side}, {side}, {channels})"
-        yield relative(f"{name}, unet.convolve and XLA's: largest difference", *(call()[1] for call in calls[:2]))
-        yield rows.ratio(f"{name}, unet.convolve over XLA's: run time", timed, 0, 1)
-        if torch is not None:
-            packages = ("torch",)
-            theirs = np.moveaxis(calls[2]()[1].numpy(), (0, 1), (-1, -2))
-            yield relative(f"{name}, PyTorch's and unet.convolve: largest difference", theirs, calls[0]()[1], packages=packages)
-            yield rows.ratio(f"{name}, PyTorch, {threads(torch)}, over unet.convolve: run time", timed, 2, 0, packages=packages)
+        makers = [*rows.each([gradient], x, kernel, g), functools.partial(torch_gradient, torch, x, kernel, g)]
+        timed, (ours, theirs) = rows.in_turns(config, makers), [make()()[1] for make in makers]
+        name = f"gradient of a 3 x 3 convolution, ({config.batch}, {side}, {side}, {channels}), PyTorch"
+        yield relative(f"{name}'s and fmjax's: largest difference", np.moveaxis(theirs.numpy(), (0, 1), (-1, -2)), ours, packages=packages)
+        yield rows.ratio(f"{name}, {threads(torch)}, over fmjax: run time", timed, 1, 0, packages=packages)
 
 
 def torch_gradient(torch, x, kernel, g):

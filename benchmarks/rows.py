@@ -83,10 +83,11 @@ def row(name, value, unit, *, most=None, least=None, equal=None, packages=(), **
 
 
 def describe():
-    """What every line has: the device and the commit, as they are before anything is written."""
+    """What every line has: the device, the commit, as it is before anything is written, and what was set for the measurement."""
     device = jax.devices()[0]
     kind = f"cpu {platform.machine()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-    return {"device": kind, "commit": commit()}
+    settings = {name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES") if os.environ.get(name)}
+    return {"device": kind, "commit": commit(), **({"environment": settings} if settings else {})}
 
 
 def commit():

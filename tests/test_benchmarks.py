@@ -90,7 +90,7 @@ def test_command(tmp_path):
     assert all(check(line)["name"].startswith("sample_ode") for line in printed.splitlines())
 
 
-@pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.loop, networks.convolution])
+@pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.loop])
 def test_part_of_networks_runs(part, monkeypatch):
     if part is networks.scan:
         # Compiles in a fraction of the time; the train step itself is compiled by the other part.

@@ -662,41 +662,6 @@ def test_unets_that_cannot_be(fields, message):
         shapes(WITHOUT_CLASSES["unet"].clone(**fields), X, T)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (33, 4, 4, 2), (16, 3, 3, 1)])
-def test_convolution_and_its_derivatives(shape, stride):
-    rng = np.random.default_rng(0)
-    x, x_dot = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
-    kernel, kernel_dot = (rng.normal(size=(3, 3, shape[-1], 4)).astype(np.float32) for _ in range(2))
-    pads = ((1, 1), (1, 1))
-
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    @jax.jit
-    def all_of(x, kernel):
-        out = {}
-        for name, convolve in {"ours": lambda x, kernel: unet.convolve(x, kernel, stride), "plain": plain}.items():
-            value, pull = jax.vjp(convolve, x, kernel)
-            tangent = jax.jvp(convolve, (x, kernel), (x_dot, kernel_dot))[1]
-            # A gradient of a directional derivative, as consistency losses take.
-            mixed = jax.grad(lambda kernel, convolve=convolve: (jax.jvp(lambda x: convolve(x, kernel) ** 2, (x,), (x_dot,))[1]).sum())
-            out[name] = value, pull(value), tangent, mixed(kernel), jax.vmap(convolve, (None, 0))(x, jnp.stack([kernel, -kernel]))
-        return out
-
-    out = all_of(x, kernel)
-    for ours, other in zip(jax.tree.leaves(out["ours"]), jax.tree.leaves(out["plain"]), strict=True):
-        assert relative(ours, other) < 1e-5
-
-
-@pytest.mark.parametrize(("platform", "convolutions"), [("cuda", 2), ("tpu", 2), ("cpu", 4)])
-def test_convolution_by_parts_is_for_processors_alone(platform, convolutions):
-    x, kernel = jnp.zeros((40, 8, 8, 2)), jnp.zeros((3, 3, 2, 2))
-    gradient = jax.jit(jax.grad(lambda x, kernel: unet.convolve(x, kernel, 1).sum(), argnums=(0, 1)))
-    program = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
-    assert program.count("stablehlo.convolution(") == convolutions
-
-
 def test_batch_times():
     x = jnp.zeros((3, 2))
     for t in (0.5, 1, np.float32(0.5), jnp.array(0.5), jnp.array([0.0, 0.5, 1.0])):

@@ -28,23 +28,8 @@ _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _zeros = nn.initializers.zeros_init()
 
 
-def _direct(x, kernel, stride):
-    return lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _by_parts(x, kernel, stride):
-    """The same, sixteen images at a time, or more so that there are at most sixteen parts."""
-    images = max(16, -(-len(x) // 16))
-    return jnp.concatenate([_direct(x[i : i + images], kernel, stride) for i in range(0, len(x), images)])
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def convolve(x, kernel, stride=1):
-    """A 3 x 3 convolution with a border of zeros, whose kernel's gradient is fast on a CPU too.
-
-    XLA's own gradient with respect to the kernel of a large batch runs at a quarter of the speed of its convolution on a CPU,
-    out of whose cache it falls, and at half that of a small batch. So what is transposed there is a convolution part by part;
-    on other devices nothing changes. A stride of 2 begins at the first pixel, as PyTorch's does and "SAME" does not.
+    """A 3 x 3 convolution with a border of zeros. A stride of 2 begins at the first pixel, as PyTorch's does and "SAME" does not.
 
     Args:
       x: images, (B, H, W, C).
@@ -53,17 +38,7 @@ def convolve(x, kernel, stride=1):
     Returns:
       (B, H / stride, W / stride, D), rounded up.
     """
-    return _direct(x, kernel, stride)
-
-
-@convolve.defjvp
-def _(stride, primals, tangents):
-    (x, kernel), (x_dot, kernel_dot) = primals, tangents
-    direct = functools.partial(_direct, stride=stride)
-    # Sums of half precision over the parts would lose digits.
-    by_parts = functools.partial(_by_parts, stride=stride) if jnp.finfo(x.dtype).bits >= 32 else direct
-    by_kernel = lax.platform_dependent(x, kernel_dot, cpu=by_parts, default=direct)
-    return convolve(x, kernel, stride), convolve(x_dot, kernel, stride) + by_kernel
+    return lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nn.Module):

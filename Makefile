@@ -43,8 +43,7 @@ bench-solvers: .venv.peers/ready  ## error against evaluations for every solver,
 bench-images: .venv.peers/ready  ## images a second of a guided sampler, DiT-XL/2 on a GPU, beside PyTorch
 	.venv.peers/bin/python -m benchmarks.images $(ARGS)
 
-# Huge pages for both sides; and jaxlib 0.10 has convolutions that are faster than those it takes (docs/networks.md).
-bench-networks: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+# jaxlib 0.10 has convolutions that are faster than those it takes (docs/networks.md).
 bench-networks: export XLA_FLAGS = --xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION
 bench-networks: .venv.peers/ready  ## the networks beside PyTorch's: compile time, memory, forward passes, train steps
 	.venv.peers/bin/python -m benchmarks.networks $(ARGS)

@@ -280,7 +280,7 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
       path: anything with `alpha(t)` and `beta(t)`.
       field: (x, t) -> u_t(x), like x, in which no example depends on another.
       operator: A, of one example, a linear function of an array like x[0]: `lambda x: x * mask`, `lambda x: x[::2, ::2]`.
-      y: what was measured of each example, (B, ...).
+      y: what was measured of each example, (B, ...); what A cannot give, such as numbers behind a mask, does not matter.
       noise: its standard deviation.
       spread: r_t, a function of t; None for beta_t / sqrt(alpha_t^2 + beta_t^2), right for data N(0, I).
       iterations: of conjugate gradients for the inverse, one where A A^T has one eigenvalue beside 0.
@@ -308,9 +308,10 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
         conjugate_gradients = functools.partial(jax.scipy.sparse.linalg.cg, tol=float(jnp.finfo(measured.dtype).eps), maxiter=iterations)
 
         def pull(variance, y, measured):
-            # What A cannot give, such as numbers behind a mask, leaves the system without a solution where there is no noise.
-            possible = operator(conjugate_gradients(lambda v: transpose(operator(v))[0], transpose(y)[0])[0])
-            residual = possible - measured
+            if not isinstance(noise, Tracer) and noise == 0:
+                # What A cannot give, such as numbers behind a mask, would leave the system without a solution.
+                y = operator(conjugate_gradients(lambda v: transpose(operator(v))[0], transpose(y)[0])[0])
+            residual = y - measured
             # The system depends on what it is solved for, since JAX has no second derivative of a solution where one of them is constant.
             variance = variance + 0 * residual.sum()
             return transpose(conjugate_gradients(lambda v: variance * operator(transpose(v)[0]) + noise**2 * v, residual)[0])[0]

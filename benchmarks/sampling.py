@@ -297,9 +297,9 @@ OVERHEAD = {
     "unipc 2": (solvers.unipc(PATH, 2), 1),
     "unipc 3": (solvers.unipc(PATH, 3), 1),
     "deis 3": (solvers.deis(PATH, 3), 1),
-    "ancestral": (solvers.ancestral(PATH), 1),
-    "sde_dpm_solver_pp": (solvers.sde_dpm_solver_pp(PATH), 1),
-    "churn": (solvers.churn(PATH), 2),
+    "ancestral": (sampling.ancestral, 1),
+    "sde_dpm_solver_pp": (sampling.sde_dpm_solver_pp, 1),
+    "churn": (sampling.churn(), 2),
 }
 """Solvers, and their evaluations a step."""
 NOISY = ("ancestral", "sde_dpm_solver_pp", "churn")
@@ -317,7 +317,7 @@ def overhead(config):
     def solve(step, noisy, params, x_0, grid):
         field = functools.partial(model.apply, params)
         if noisy:
-            return sampling.sample_sde(field, 1.0, key, x_0, grid, step=step)[0]
+            return sampling.sample_diffusion(PATH, field, 1.0, key, x_0, grid, step=step)[0]
         return sampling.sample_ode(field, x_0, grid, step=step)[0]
 
     def bare(each, params, x_0, grid):

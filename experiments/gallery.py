@@ -60,9 +60,8 @@ def main(config: Config):
         images[f"{name} {float(jnp.abs(image - exact).mean()):.3f}"] = image
     sigma = diffusion.by_noise(PATH)
     for name, (step, each) in NOISY.items():
-        field = guided if name != "euler_maruyama" else sampling.sde_drift(PATH, guided, sigma)
         grid = times.grid(config.evaluations // each)
-        run = functools.partial(sampling.sample_sde, field, sigma, step=step)
+        run = functools.partial(sampling.sample_diffusion, PATH, guided, sigma, step=step)
         images[name] = jax.jit(lambda key, x_0, run=run, grid=grid: run(key, x_0, grid)[0])(key_noise, x_0)
     blocks = {f"{config.evaluations} evaluations": jnp.stack([*images.values()])}
     pictures.samples(config.folder / "solvers.png", blocks, images, config.columns, height=7.5)
@@ -112,9 +111,9 @@ FLOWS = {
 """Solvers, and their evaluations a step."""
 NOISY = {
     "euler_maruyama": (sampling.euler_maruyama, 1),
-    "ancestral": (solvers.ancestral(PATH), 1),
-    "sde_dpm_solver_pp": (solvers.sde_dpm_solver_pp(PATH), 1),
-    "churn": (solvers.churn(PATH), 2),
+    "ancestral": (sampling.ancestral, 1),
+    "sde_dpm_solver_pp": (sampling.sde_dpm_solver_pp, 1),
+    "churn": (sampling.churn(), 2),
 }
 """The same with noise in proportion to what is left of it."""
 

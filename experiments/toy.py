@@ -130,7 +130,7 @@ def main(config: Config):
         x = paths.interpolate(path, x_0, jnp.zeros_like(x_0), config.start)
         if config.sigma:
             sigma = (lambda t: config.sigma * path.beta(t)) if config.proportional else config.sigma
-            x, saved = sampling.sample_sde(sampling.sde_drift(path, velocity, sigma), sigma, key, x, grid, save=keep)
+            x, saved = sampling.sample_diffusion(path, velocity, sigma, key, x, grid, save=keep)
         else:
             x, saved = sampling.sample_ode(velocity, x, grid, step=sampling.euler, save=keep)
         x_1 = expected_data(x, config.end)

@@ -1,8 +1,9 @@
 """Diffusion: how much noise an SDE carries, choices of sigma_t.
 
-Every sigma_t >= 0 gives the marginals of the flow (`sampling.sde_drift`), exactly with the exact score and steps without end. With
-a network's score and few steps it is a choice: noise mends what the network got wrong before, and needs more steps. Each choice is
-a function of t, to be given to the drift and to the sampler alike.
+Every sigma_t >= 0 gives the marginals of the flow (`sampling.sample_diffusion`), exactly with the exact score and steps without end.
+With a network's score and few steps it is a choice: noise corrects what the network got wrong before, and needs more steps. Each choice
+is a function of t. One that does not fall with beta, as a constant or `decreasing` on some paths, multiplies the network's error near
+data in the drift of the SDE, by sigma^2 / (2 beta); `sampling.ancestral` does not.
 
     natural          sigma_t^2 = 2 scale b_t      the reverse of the noising SDE, DDPM's; infinite where alpha_t = 0      (1)
     by_noise         sigma_t = scale beta_t       finite from noise to data, gone at data: a good default                 (2)
@@ -19,7 +20,7 @@ from fmjax import targets
 
 
 def natural(path, scale=1.0):
-    """(1), the reverse of the SDE that turns data to noise along the path; `scale` 1 with `solvers.ancestral` is DDPM.
+    """(1), the reverse of the SDE that turns data to noise along the path; `scale` 1 with `sampling.ancestral` is DDPM.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.

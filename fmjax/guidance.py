@@ -21,23 +21,22 @@ from fmjax import paths, targets
 
 
 def _check_scale(scale):
-    """Raises unless the scale is finite, wherever its value is known."""
+    """Raises unless the scale is a number or numbers, finite wherever they are known."""
+    if isinstance(scale, str) or not jnp.issubdtype(jnp.result_type(scale), jnp.number):
+        raise TypeError(f"The guidance scale is {scale!r}, but it is a number: 1 is no guidance, 3 is common.")
     if not isinstance(scale, Tracer) and not np.all(np.isfinite(scale)):
         raise ValueError(f"The guidance scale is {scale}, but it must be finite: 1 is no guidance, 3 is common.")
 
 
-def _multiplies(scale, x):
-    """Raises if the scale would meet other axes of x than the examples', as one of shape (B,) does."""
-    if jnp.ndim(scale) not in (0, x.ndim):
-        shape = jnp.shape(scale)
-        raise ValueError(
-            f"The guidance scale has shape {shape}, but it multiplies x of shape {x.shape}: for one an example give it the shape "
-            f"{(x.shape[0], *(1,) * (x.ndim - 1))}."
-        )
+def _multiplies(guided, unguided, scale):
+    """The scale shaped to multiply two values, which are alike."""
+    paths.check_like("The unguided value", unguided, guided)
+    return paths.multiplier("The guidance scale", scale, guided)
 
 
 def extrapolate(guided, unguided, scale):
-    """(1): from the unguided value through the guided one and on."""
+    """(1): from the unguided value through the guided one and on; scale as in `classifier_free`."""
+    scale = _multiplies(guided, unguided, scale)
     return (1 - scale) * unguided + scale * guided
 
 
@@ -48,6 +47,7 @@ def zero_star(guided, unguided, scale):
 
     The paper's zeros in the first steps are `interval(field, lambda x, t: jnp.zeros_like(x), first, 1)`. For velocities.
     """
+    scale = _multiplies(guided, unguided, scale)
     return extrapolate(guided, _share(guided, unguided) * unguided, scale)
 
 
@@ -66,6 +66,7 @@ def projected(parallel=0.0, largest=None):
     """
 
     def combine(guided, unguided, scale):
+        scale = _multiplies(guided, unguided, scale)
         difference = guided - unguided
         if largest is not None:
             square = _dot(difference, difference)
@@ -100,6 +101,7 @@ def rescaled(share=0.7):
 
 def _dot(a, b):
     """Of each example, (B, 1, ..., 1)."""
+    paths.check_batch("The guided value", a)
     return (a * b).sum(tuple(range(1, a.ndim)), keepdims=True)
 
 
@@ -117,7 +119,9 @@ def _under(field_y, conditions):
     def values(x, t):
         for y in conditions:
             if y.shape[:1] != x.shape[:1]:
-                raise ValueError(f"y has shape {y.shape}, but it must hold one condition an example for x of shape {x.shape}.")
+                raise ValueError(
+                    f"y has shape {y.shape}, but it must hold one condition an example for x of shape {x.shape}, {x.shape[:1]} or more."
+                )
         count = len(conditions)
         if count == 1:
             return [field_y(x, t, many_y)]
@@ -128,7 +132,23 @@ def _under(field_y, conditions):
 
 
 def _nulls(null, y):
-    return jnp.broadcast_to(jnp.asarray(null, y.dtype), y.shape)
+    """The null as conditions like y."""
+    return jnp.broadcast_to(_null_like(null, y), y.shape)
+
+
+def _null_like(null, y):
+    """The null in y's dtype, which must hold it: cast, 256 is class 0 in uint8, and 0.7 in any integer."""
+    given = jnp.asarray(null) if isinstance(null, Tracer) else np.asarray(null)
+    if given.shape not in ((), y.shape[1:], y.shape):
+        raise ValueError(f"null has shape {given.shape}, but it is one condition, {y.shape[1:]}, or one per example, {y.shape}.")
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        if not jnp.issubdtype(given.dtype, jnp.integer):
+            raise TypeError(f"null is {null!r}, but y has dtype {y.dtype}: a label for no class is a whole number too.")
+        if not isinstance(given, Tracer):
+            held = jnp.iinfo(y.dtype)
+            if given.size and (given.min() < held.min or given.max() > held.max):
+                raise ValueError(f"null is {null}, but y has dtype {y.dtype}, which cannot hold it: give y.astype(jnp.int32).")
+    return jnp.asarray(given, y.dtype)
 
 
 def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
@@ -141,7 +161,7 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
       y: conditions, (B,) labels or (B, ...) of any kind.
       null: the condition that stands for none, a label or an array like one example's y; or like y, one an example. What is
         not wanted, a negative condition, takes its place.
-      scale: w, a number or an array that multiplies x, such as (B, 1, 1, 1). 1 is no guidance and costs one evaluation.
+      scale: w, a number, one per example, (B,), or an array that multiplies x. 1 is no guidance and costs one evaluation.
       combine: how the values are put together, `(guided, unguided, scale) -> value`; `extrapolate` is (1).
     Returns:
       A field, (x, t) -> like x.
@@ -154,9 +174,9 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
     values = _under(field_y, [y] if plain else [_nulls(null, y), y])
 
     def field(x, t):
-        _multiplies(scale, x)
         *unguided, guided = values(x, t)
-        return guided if plain else combine(guided, *unguided, scale)
+        paths.check_like("The field's output", guided, x)
+        return guided if plain else combine(guided, *unguided, paths.multiplier("The guidance scale", scale, x))
 
     return field
 
@@ -185,10 +205,10 @@ def weighted(field_y, ys, null, scales):
     values = _under(field_y, [_nulls(null, ys[0]), *ys])
 
     def field(x, t):
-        for scale in scales:
-            _multiplies(scale, x)
         unguided, *guided = values(x, t)
-        return unguided + sum(scale * (value - unguided) for scale, value in zip(scales, guided, strict=True))
+        paths.check_like("The field's output", unguided, x)
+        multipliers = [paths.multiplier("The guidance scale", scale, x) for scale in scales]
+        return unguided + sum(scale * (value - unguided) for scale, value in zip(multipliers, guided, strict=True))
 
     return field
 
@@ -211,8 +231,10 @@ def autoguidance(field, weak_field, scale, *, combine=extrapolate):
         return field
 
     def guided(x, t):
-        _multiplies(scale, x)
-        return combine(field(x, t), weak_field(x, t), scale)
+        value, weak = field(x, t), weak_field(x, t)
+        paths.check_like("The field's output", value, x)
+        paths.check_like("The weak field's output", weak, x)
+        return combine(value, weak, paths.multiplier("The guidance scale", scale, x))
 
     return guided
 
@@ -261,11 +283,35 @@ def classifier(field, log_probability, scale):
     if not callable(scale):
         _check_scale(scale)
 
+    def total(x, t):
+        value = log_probability(x, t)
+        if jnp.shape(value) != x.shape[:1]:
+            raise ValueError(
+                f"log_probability gives shape {jnp.shape(value)}, but it is one number per example, {x.shape[:1]}: of the class wanted of "
+                "it, as log_probabilities[jnp.arange(len(y)), y]."
+            )
+        return value.sum()
+
     def guided(x, t):
-        gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
-        return field(x, t) + (scale(paths.lift(t, x)) if callable(scale) else scale) * gradient
+        weight = scale(paths.lift(t, x)) if callable(scale) else scale
+        if callable(scale) and not isinstance(t, Tracer):
+            _check_weight(scale, t)
+        value = field(x, t)
+        paths.check_like("The field's output", value, x)
+        return value + paths.multiplier("The guidance scale", weight, x) * jax.grad(total)(x, t)
 
     return guided
+
+
+def _check_weight(weight, t):
+    """Raises where a weight in time is infinite at a time whose value is known."""
+    with jax.ensure_compile_time_eval():
+        value = weight(np.asarray(t, np.float32))
+    if not isinstance(value, Tracer) and not np.isfinite(np.asarray(value)).all():
+        raise ValueError(
+            f"The guidance's weight is infinite at t = {np.asarray(t)}, where it meets a gradient of 0: let the grid start later, as "
+            "times.grid(n, start=1e-3) does, or guide in `interval`."
+        )
 
 
 def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iterations=10):
@@ -293,7 +339,13 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
     def default(t):
         return path.beta(t) / jnp.sqrt(path.alpha(t) ** 2 + path.beta(t) ** 2)
 
+    def b(t):
+        return targets.coefficients(path, t, source=targets.score, target=targets.velocity)[1]
+
     def guided(x, t):
+        if not isinstance(t, Tracer):
+            _check_weight(b, t)
+
         def data_and_velocity(x):
             u = field(x, t)
             return targets.convert(path, u, x, t, source=targets.velocity, target=targets.data), u
@@ -317,8 +369,7 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
             return transpose(conjugate_gradients(lambda v: variance * operator(transpose(v)[0]) + noise**2 * v, residual)[0])[0]
 
         pulled = jax.vmap(pull)(variance, jnp.asarray(y, measured.dtype), measured)
-        b = targets.coefficients(path, paths.lift(t, x), source=targets.score, target=targets.velocity)[1]
-        return u + b * pull_back(pulled)[0]
+        return u + b(paths.lift(t, x)) * pull_back(pulled)[0]
 
     return guided
 
@@ -339,5 +390,9 @@ def drop_labels(key, y, null, rate):
     if not isinstance(rate, Tracer) and not 0 <= rate <= 1:
         raise ValueError(f"rate is {rate}, but it is a probability, in [0, 1].")
     y = jnp.asarray(y)
+    if not y.ndim:
+        raise ValueError(
+            "y has shape (), but it must hold one condition per example, (B,) or (B, ...): jnp.full((B,), label) for one label."
+        )
     drop = jax.random.bernoulli(key, rate, y.shape[:1])
-    return jnp.where(drop.reshape(-1, *(1,) * (y.ndim - 1)), jnp.asarray(null, y.dtype), y)
+    return jnp.where(drop.reshape(-1, *(1,) * (y.ndim - 1)), _nulls(null, y), y)

@@ -28,6 +28,7 @@ def regression(field, x, t, value):
     Raises:
       ValueError: if the field's output or value has another shape than x.
     """
+    x = paths.check_batch("x", x)
     prediction = field(x, t)
     paths.check_like("The field's output", prediction, x)
     paths.check_like("value", value, x)
@@ -53,7 +54,8 @@ def flow_matching(field, path, x_0, x_1, t):
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, t is neither one time nor one an example, or the field's output is not like x.
     """
-    x_t, u_t = paths.flow(path, x_0, x_1, t)
+    paths.check_path(path)
+    x_t, u_t = paths.flow(path, x_0, paths.check_batch("x_1", x_1), t)
     return regression(field, x_t, t, u_t)
 
 
@@ -76,6 +78,7 @@ def denoising(field, path, x_0, x_1, t, *, target):
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, t is neither one time nor one an example, or the field's output is not like x.
     """
-    x_t = paths.interpolate(path, x_0, x_1, t)
+    paths.check_path(path)
+    x_t = paths.interpolate(path, x_0, paths.check_batch("x_1", x_1), t)
     a, b = target(path, paths.lift(t, x_t))
     return regression(field, x_t, t, a * x_1 + b * x_0)

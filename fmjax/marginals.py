@@ -18,7 +18,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from fmjax import paths, targets
 
@@ -128,6 +130,25 @@ def _over_components(alpha, beta, log_weights, means, scales, x, block):
     return largest + jnp.log(total), data / total[:, None], score / total[:, None]
 
 
+def _check_known(path, distribution, t):
+    """Raises where a path's derivative is infinite, or points have no noise, at a time whose value is known."""
+    scales, known = 0 if isinstance(distribution, Empirical) else distribution.scales, np.asarray(t, np.float32)
+    try:
+        with jax.ensure_compile_time_eval():
+            infinite = ~np.isfinite(np.asarray(targets.velocity(path, known))).all(0)
+            if np.any(np.asarray(scales) == 0):
+                infinite |= np.asarray(path.beta(known)) == 0
+    except (jax.errors.JAXTypeError, TypeError):
+        # A path or data of numbers that are not known.
+        return
+    if infinite.any():
+        at = known.reshape(-1)[int(np.flatnonzero(infinite)[0])]
+        raise ValueError(
+            f"The velocity of {path} to these data is infinite at t = {at:g}: let the grid end earlier or start later, or evaluate "
+            "nothing there, as last=sampling.euler and steps that know the path do (solvers.heun(path))."
+        )
+
+
 def velocity(path, distribution):
     """The exact marginal velocity, whose flow carries N(0, I) to the data.
 
@@ -143,6 +164,8 @@ def velocity(path, distribution):
     def field(x, t):
         x = paths.check_float("x", x)
         _, data, score = _posterior(path, distribution, x, t)
+        if not isinstance(t, Tracer):
+            _check_known(path, distribution, t)
         a, b = targets.velocity(path, paths.lift(t, x))
         return (a * data - b * path.beta(paths.lift(t, x)) * score).astype(x.dtype)
 

@@ -22,6 +22,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 
 class Path(Protocol):
@@ -115,6 +116,13 @@ class SquareRoot:
         return jnp.sqrt(1 - t)
 
 
+def check_path(path):
+    """Raises unless path has the two methods of one."""
+    if isinstance(path, type) or not callable(getattr(path, "alpha", None)) or not callable(getattr(path, "beta", None)):
+        made = f", which is a class: make one with {path.__name__}()" if isinstance(path, type) else ""
+        raise TypeError(f"path is {path!r}{made}; a path is an object with alpha(t) and beta(t), such as paths.Linear().")
+
+
 def check_float(name, x):
     """Raises unless x is an array of real floats, and returns it as a jax array."""
     x = jnp.asarray(x)
@@ -122,6 +130,40 @@ def check_float(name, x):
         hint = "scale images to floats in [-1, 1] first" if x.dtype == jnp.uint8 else "convert it with .astype(jnp.float32)"
         raise TypeError(f"{name} has dtype {x.dtype}, but noise, data and states are real floats: {hint}.")
     return x
+
+
+def check_batch(name, x):
+    """Raises unless x is a batch of examples, (B, ...) with an axis at least beside the batch's, of real floats; returns it as an array."""
+    x = check_float(name, x)
+    if x.ndim < 2 or 0 in x.shape:
+        raise ValueError(
+            f"{name} has shape {x.shape}, but arrays are batch first, (B, ...): for one example give {name}[None], for a number per "
+            f"example {name}[:, None], and at least one of them."
+        )
+    return x
+
+
+def multiplier(name, value, x):
+    """A number, one per example, or an array that multiplies x, shaped to multiply x: where weights meet examples, as times do in `lift`.
+
+    Args:
+      name: of the value, for errors.
+      value: (), (B,), or as many axes as x, each of x's size or 1.
+      x: (B, ...).
+    Returns:
+      The value; of shape (B, 1, ..., 1) where it was (B,).
+    Raises:
+      ValueError: if it has another shape.
+    """
+    shape = jnp.shape(value)
+    if shape == x.shape[:1] and x.ndim > 1:
+        return jnp.reshape(value, shape + (1,) * (x.ndim - 1))
+    if shape and (len(shape) != x.ndim or any(size not in (1, full) for size, full in zip(shape, x.shape, strict=True))):
+        raise ValueError(
+            f"{name} has shape {shape}, but it multiplies x of shape {x.shape}: give a number, one per example, {x.shape[:1]}, or an array "
+            f"of shape {(x.shape[0], *(1,) * (x.ndim - 1))} or x's own."
+        )
+    return value
 
 
 def check_like(name, value, x):
@@ -181,6 +223,8 @@ def time_at(path, signal):
       Times like signal, in [0, 1], the nearer end where the path does not reach it; differentiable in the signal and the path.
     """
     signal = jnp.asarray(signal, jnp.result_type(float, signal))
+    if not isinstance(signal, Tracer) and not ((signal >= 0) & (signal <= 1)).all():
+        raise ValueError(f"The signal is {signal}, but alpha / (alpha + beta) is in [0, 1]: 0 is noise, 1 is data.")
     # Each round looks at 2^10 intervals at once, since a device finds that easier than ten halvings one by one.
     parts, t, width = 2**10, jnp.zeros_like(signal), 1.0
     for _ in range(-(-(jnp.finfo(signal.dtype).nmant + 1) // 10)):
@@ -203,7 +247,7 @@ def time_at(path, signal):
     t = lax.custom_root(
         lambda t: signal_at(path, t) - signal, t + width / 2, newton, lambda slope, value: over(slope(jnp.ones_like(value)), value)
     )
-    return jnp.clip(t, 0, 1)
+    return jnp.where(signal <= first, 0, jnp.where(signal >= last, 1, jnp.clip(t, 0, 1)))
 
 
 def interpolate(path, x_0, x_1, t):

@@ -15,6 +15,8 @@ networks. A target of your own is a function `(path, t) -> (a, b)`.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from fmjax import paths
 
@@ -95,6 +97,24 @@ def _solve(alpha, beta, a, b, c, d):
     return p, q * scale
 
 
+def _check_known(path, t, source, target):
+    """Raises where a conversion is infinite at a time whose value is known."""
+    try:
+        with jax.ensure_compile_time_eval():
+            infinite = ~np.isfinite(np.asarray(coefficients(path, t, source=source, target=target))).all(0)
+    except (jax.errors.JAXTypeError, TypeError, ValueError):
+        # A path or a target of numbers that are not known.
+        return
+    if infinite.any():
+        name, other = (getattr(each, "__name__", str(each)).strip("<>") for each in (source, target))
+        at = t.reshape(-1)[int(np.flatnonzero(infinite)[0])]
+        raise ValueError(
+            f"On {path} the {other} does not follow from the {name} at t = {at:g}, where it would be infinite: let the grid start later or "
+            "end earlier, as times.grid(20, start=1e-3, end=0.999) does, or evaluate nothing there: last=sampling.euler for a flow's last "
+            "step, solvers.heun(path) and other steps that know the path."
+        )
+
+
 def convert(path, value, x, t, *, source, target):
     """The value of one target from that of another: `targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)`.
 
@@ -111,11 +131,15 @@ def convert(path, value, x, t, *, source, target):
       The value of `target`, like x; see `coefficients` for the times at which it is finite.
     Raises:
       TypeError: if an array is not of floats.
-      ValueError: if the shapes differ, or t is neither one time nor one an example.
+      ValueError: if the shapes differ, t is neither one time nor one an example, or a known t is one at which the target does not follow.
     """
+    paths.check_path(path)
     value, x = paths.check_float("value", value), paths.check_float("x", x)
     paths.check_like("value", value, x)
-    p, q = coefficients(path, paths.lift(t, x), source=source, target=target)
+    lifted = paths.lift(t, x)
+    if not isinstance(t, Tracer):
+        _check_known(path, np.asarray(t, np.float32).reshape(lifted.shape), source, target)
+    p, q = coefficients(path, lifted, source=source, target=target)
     return (p * x + q * value).astype(x.dtype)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from jax.core import Tracer
 
 from fmjax import paths
 
@@ -54,7 +55,17 @@ def logit_normal(key, n, mean=0.0, std=1.0):
     Returns:
       Times, (n,), float32.
     """
-    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
+    if not isinstance(mean, Tracer) and not isinstance(std, Tracer) and not (np.isfinite(mean) and 0 <= std < np.inf):
+        raise ValueError(f"mean is {mean} and std {std}, but both are finite, and std is at least 0.")
+    t = jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
+    # Far from the middle it rounds to 1, where some paths' velocity is infinite.
+    return jnp.clip(t, jnp.finfo(t.dtype).tiny, 1 - jnp.finfo(t.dtype).epsneg)
+
+
+def _check_steps(steps, least):
+    """Raises unless steps is a whole number, at least so many."""
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < least:
+        raise ValueError(f"steps={steps!r}, but the grid has at least {'one step' if least == 1 else f'{least} steps'}, a whole number.")
 
 
 def grid(steps, start=0.0, end=1.0):
@@ -69,8 +80,9 @@ def grid(steps, start=0.0, end=1.0):
     Raises:
       ValueError: if steps is not positive or end is not after start.
     """
-    if steps < 1 or not end > start:
-        raise ValueError(f"A grid has at least one step and ends after it starts, got steps={steps}, start={start}, end={end}.")
+    _check_steps(steps, 1)
+    if not -np.inf < start < end < np.inf:
+        raise ValueError(f"A grid ends after it starts, and both are finite, got steps={steps}, start={start}, end={end}.")
     return jnp.linspace(start, end, steps + 1)
 
 
@@ -85,6 +97,10 @@ def shift(t, factor):
     Returns:
       Times, like t, with 0 and 1 in their places.
     """
+    if not isinstance(factor, Tracer) and not (np.ndim(factor) == 0 and 0 < factor < np.inf):
+        raise ValueError(
+            f"factor is {factor}, but it is a positive finite number: 1 leaves times as they are, 3 is common for large images."
+        )
     return t / (t + factor * (1 - t))
 
 
@@ -97,6 +113,8 @@ def resolution_factor(size, base):
     Returns:
       sqrt(size / base).
     """
+    if not (0 < size < np.inf and 0 < base < np.inf):
+        raise ValueError(f"size is {size} and base {base}, but both count the numbers in an image: 512 * 512 and 256 * 256, say.")
     return (size / base) ** 0.5
 
 
@@ -138,9 +156,11 @@ def karras(path, steps, smallest=0.002, largest=80.0, rho=7.0):
     Raises:
       ValueError: if there are fewer than 2 steps, the levels are not 0 < smallest < largest, or the path does not reach them.
     """
-    if steps < 2 or not 0 < smallest < largest:
+    _check_steps(steps, 2)
+    if not 0 < smallest < largest < np.inf or not 0 < rho < np.inf:
         raise ValueError(
-            f"The grid has at least 2 steps and 0 < smallest < largest, got steps={steps}, smallest={smallest}, largest={largest}."
+            f"The grid has at least 2 steps, 0 < smallest < largest and rho > 0, all finite, got steps={steps}, smallest={smallest}, "
+            f"largest={largest}, rho={rho}."
         )
     root = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
     return _at_levels(path, np.append(root**rho, 0.0))
@@ -171,9 +191,10 @@ def _at_levels(path, levels):
     """The times of falling noise levels beta / alpha."""
     signal = 1 / (1 + np.asarray(levels))
     first = float(paths.signal_at(path, jnp.asarray(0.0)))
-    if signal[0] < first:
+    # The path's own first level, given as a number, is rounded otherwise than its signal.
+    if signal[0] < first * (1 - 1e-6):
         raise ValueError(f"The first noise level is {levels[0]:g}, but the path starts at {1 / first - 1:g}: take a smaller one.")
-    return paths.time_at(path, signal)
+    return paths.time_at(path, np.maximum(signal, first))
 
 
 def fitted(error, first, *, iterations=200):

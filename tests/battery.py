@@ -23,6 +23,18 @@ class VarianceExploding:
         return self.scale * (1 - t)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlatEnds:
+    """A path of a user's own that comes to rest at noise and at data, where its velocity says nothing."""
+
+    def alpha(self, t):
+        return jnp.sin(jnp.pi / 2 * t) ** 2
+
+    def beta(self, t):
+        return jnp.sin(jnp.pi / 2 * (1 - t)) ** 2
+
+
 BOUNDED = [paths.Linear(), paths.Cosine(), paths.Polynomial(2.0), paths.Polynomial(3.0)]
 """Paths whose derivative is finite on [0, 1]."""
 PATHS = [*BOUNDED, paths.VariancePreserving(), paths.SquareRoot(), VarianceExploding()]
@@ -38,18 +50,19 @@ PATH_ORDERS = {
 }
 """Makers of steps for a path, which takes the velocity, and their order on grids that shrink towards both ends."""
 NOISY_STEPS = {
-    "euler_maruyama": lambda path: sampling.euler_maruyama,
-    "stochastic_heun": lambda path: sampling.stochastic_heun,
-    "ancestral": solvers.ancestral,
-    "sde_dpm_solver_pp": solvers.sde_dpm_solver_pp,
-    "churn": solvers.churn,
-    # Langevin dynamics in steps are biased by a share that falls with the square of their size.
-    "predictor_corrector": lambda path: solvers.predictor_corrector(path, solvers.churn(path)),
+    "euler_maruyama": sampling.euler_maruyama,
+    "stochastic_heun": sampling.stochastic_heun,
+    "ancestral": sampling.ancestral,
+    "sde_dpm_solver_pp": sampling.sde_dpm_solver_pp,
+    "churn": sampling.churn(),
+    "predictor_corrector": sampling.predictor_corrector(sampling.churn()),
 }
-"""Makers of steps with noise; the first two take the drift, the others the velocity."""
+"""Steps with noise; the first two are those of any SDE, the others know the path."""
 SIGMAS = {
     "0": lambda path: 0.0,
+    "0.5": lambda path: 0.5,
     "1": lambda path: 1.0,
+    "2": lambda path: 2.0,
     "by_noise": lambda path: diffusion.by_noise(path, 2.0),
     "natural": diffusion.natural,
     "bump": lambda path: diffusion.bump(4.0),

@@ -98,7 +98,7 @@ def test_names_are_found_in_code_alone(text, found):
 def test_the_programs_of_the_page_on_solvers_run():
     """One after the other, as they stand."""
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "solvers.md").read_text(), re.DOTALL)
-    assert len(programs) == 2
+    assert len(programs) == 3
     names = {}
     for program in programs:
         exec(program, names)

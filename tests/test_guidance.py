@@ -148,18 +148,66 @@ def test_bad_input_is_named(key):
             guidance.classifier(lambda x, t: x, lambda x, t: x.sum(1), scale)
     with pytest.raises(ValueError, match=r"y has shape \(3,\), but it must hold one condition an example"):
         guidance.classifier_free(field_y, y[:3], NULL, 2.0)(x, 0.5)
-    # One an example that would meet the last axis instead.
-    square, scales, plain = jnp.zeros((4, 4)), jnp.arange(4.0), lambda x, t: x
+    plain, thin = lambda x, t: x, lambda x, t: x[:1]
     for field in (
-        guidance.classifier_free(field_y, y, NULL, scales),
-        guidance.weighted(field_y, [y], NULL, [scales]),
-        guidance.autoguidance(plain, plain, scales),
+        guidance.classifier_free(field_y, y, NULL, jnp.ones(3)),
+        guidance.weighted(field_y, [y], NULL, [jnp.ones((1, 3))]),
+        guidance.autoguidance(plain, plain, jnp.ones((2, 2))),
+        guidance.classifier(plain, lambda x, t: x.sum(1), jnp.ones(3)),
     ):
-        with pytest.raises(ValueError, match=r"scale has shape \(4,\), but it multiplies x of shape \(4, 4\): .* shape \(4, 1\)"):
-            field(square, 0.5)
+        with pytest.raises(ValueError, match=r"scale has shape .*, but it multiplies x of shape \(4, 2\): .* one per example, \(4,\)"):
+            field(x, 0.5)
+    for field in (
+        guidance.autoguidance(plain, thin, 2.0),
+        guidance.autoguidance(thin, plain, 2.0),
+        guidance.classifier(thin, lambda x, t: x.sum(1), 2.0),
+        guidance.classifier_free(lambda x, t, y: x[:, :1], y, NULL, 2.0),
+        sampling.extend(plain, thin, 1.0),
+    ):
+        with pytest.raises(ValueError, match=r"has shape .*, but must be like x"):
+            field(x, 0.5)
+    for value in (lambda x, t: x, lambda x, t: x.sum(), lambda x, t: x.sum(1, keepdims=True)):
+        with pytest.raises(ValueError, match=r"log_probability gives shape .* one number per example"):
+            guidance.classifier(plain, value, 2.0)(x, 0.5)
+    with pytest.raises(TypeError, match="The guidance scale is 'strong', but it is a number"):
+        guidance.classifier_free(field_y, y, NULL, "strong")
+    with pytest.raises(ValueError, match="The guidance's weight is infinite at t = 0"):
+        sampling.sample_ode(guidance.linear_inverse(paths.Linear(), plain, lambda x: x[:1], x[:, :1]), x, jnp.linspace(0, 1, 5))
+    with pytest.raises(ValueError, match=r"y has shape \(\), but it must hold one condition per example"):
+        guidance.drop_labels(key, 3, NULL, 0.5)
     for rate in (-0.1, 1.5, jnp.nan):
         with pytest.raises(ValueError, match=r"rate is .*a probability"):
             guidance.drop_labels(key, y, NULL, rate)
+
+
+def test_a_null_that_labels_cannot_hold_is_named(key):
+    """Cast to the labels' type, 256 would be class 0, and so would 0.7."""
+    small, y = jnp.zeros(4, jnp.uint8), jnp.zeros(4, int)
+    for labels, null, error, message in (
+        (small, 256, ValueError, r"null is 256, but y has dtype uint8, which cannot hold it: give y.astype"),
+        (jnp.zeros(4, jnp.int8), 300, ValueError, "null is 300, but y has dtype int8"),
+        (small, -1, ValueError, "null is -1, but y has dtype uint8"),
+        (y, 0.7, TypeError, r"null is 0.7, but y has dtype int32: a label for no class is a whole number"),
+        (y, jnp.zeros(3, int), ValueError, r"null has shape \(3,\), but it is one condition, \(\), or one per example, \(4,\)"),
+    ):
+        for call in (
+            lambda labels=labels, null=null: guidance.drop_labels(key, labels, null, 0.5),
+            lambda labels=labels, null=null: guidance.classifier_free(lambda x, t, y: x, labels, null, 2.0),
+            lambda labels=labels, null=null: guidance.weighted(lambda x, t, y: x, [labels], null, [2.0]),
+        ):
+            with pytest.raises(error, match=message):
+                call()
+    np.testing.assert_array_equal(guidance.drop_labels(key, small, 255, 1.0), 255)
+
+
+@pytest.mark.parametrize("combine", [guidance.extrapolate, guidance.zero_star, guidance.projected(0.3, 0.5), guidance.rescaled()])
+def test_a_scale_per_example_is_per_example_where_the_batch_is_square(combine, key):
+    """With B = D numbers of shape (B,) could as well scale columns."""
+    guided, unguided = jax.random.normal(key, (2, 4, 4))
+    scales = jnp.array([0.0, 1.0, 2.0, 3.0])
+    expected = jnp.concatenate([combine(guided[i : i + 1], unguided[i : i + 1], float(w)) for i, w in enumerate(scales)])
+    for given in (scales, scales[:, None]):
+        np.testing.assert_allclose(combine(guided, unguided, given), expected, rtol=1e-5, atol=1e-6)
 
 
 def three_conditions(key):

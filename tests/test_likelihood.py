@@ -131,8 +131,8 @@ def test_probes_are_drawn_once(key):
         functools.partial(likelihood.log_density, field, likelihood.normal, times=times.grid(50), divergence=likelihood.hutchinson(probes))
     )(x_1)
     assert not any(word in str(jaxpr) for word in ("random_bits", "threefry", "random_wrap"))
-    # Four stages of rk4; once more for the shape of the divergence.
-    assert len(calls) == 5
+    # Four stages of rk4; once for the shape of the divergence and once for the checks of the grid.
+    assert len(calls) == 6
 
 
 def test_bits_per_dimension_of_noise(key):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fmjax import marginals, paths, sampling, targets
+from fmjax import diffusion, marginals, paths, sampling, solvers, targets, times
 
 
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
@@ -177,7 +177,8 @@ def test_euler_on_any_grid_is_its_loop(steps, power):
 def test_one_trace_and_one_size_for_any_grid():
     """Steps are static, grids dynamic: ten times the steps, or another spacing, are the same program."""
 
-    @chex.assert_max_traces(n=3)
+    # Once for the checks and once in the scan, of each of three programs.
+    @chex.assert_max_traces(n=6)
     def field(x, t):
         return -x
 
@@ -185,8 +186,8 @@ def test_one_trace_and_one_size_for_any_grid():
     def sample(x_0, times):
         return sampling.sample_ode(field, x_0, times, step=sampling.euler)[0]
 
-    for times in (jnp.linspace(0, 1, 11), jnp.linspace(0, 1, 11) ** 2):
-        sample(jnp.ones((2, 3)), times)
+    for spaced in (jnp.linspace(0, 1, 11), jnp.linspace(0, 1, 11) ** 2):
+        sample(jnp.ones((2, 3)), spaced)
     sizes = [len(sample.lower(jnp.ones((2, 3)), jnp.linspace(0, 1, n + 1)).as_text()) for n in (10, 1000)]
     assert abs(sizes[1] - sizes[0]) < 50
 
@@ -211,7 +212,8 @@ def test_the_last_step_of_a_flow_may_be_another(key):
     """Heun's ended by Euler's evaluates nothing at data, where this path's velocity is infinite; the state stays in float32."""
     path, x_0, grid = paths.VariancePreserving(), jax.random.normal(key, (4, 2), jnp.bfloat16), jnp.linspace(0, 1, 6)
     field = marginals.velocity(path, mixture())
-    assert not np.isfinite(np.asarray(sampling.sample_ode(field, x_0, grid)[0], np.float32)).all()
+    with pytest.raises(ValueError, match=r"The velocity of VariancePreserving.* is infinite at t = 1: .*last=sampling.euler"):
+        sampling.sample_ode(field, x_0, grid)
     save = lambda x, t: (x, t)
     x_1, (states, ts) = sampling.sample_ode(field, x_0, grid, last=sampling.euler, save=save, every=2)
     wide = x_0.astype(jnp.float32)
@@ -278,3 +280,93 @@ def test_a_wide_sigma_does_not_widen_the_state(key, x64):
 def test_keys_of_any_generator_draw_alone_what_they_draw_together():
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 4)
     np.testing.assert_array_equal(sampling.noise(keys, (4, 3))[2:], sampling.noise(keys[2:], (2, 3)))
+
+
+def test_steps_of_another_kind_and_makers_that_were_not_called_are_named(key):
+    path = paths.Linear()
+    flow = lambda step: sampling.sample_ode(same, x, grid, step=step)
+    sde = lambda step: sampling.sample_sde(same, 1.0, key, x, grid, step=step)
+    diffusion = lambda step: sampling.sample_diffusion(path, same, 1.0, key, x, grid, step=step)
+    for follow, step, message in (
+        (flow, solvers.unipc, r"step is unipc\(path, order.*a function that makes a step is called first"),
+        (flow, "heun", r"step is 'heun', but it is a function \(field, x, t, dt\) -> x, such as sampling.heun"),
+        (flow, sampling.euler_maruyama, r"step is euler_maruyama\(drift.*steps with noise are for sample_sde"),
+        (sde, sampling.heun, r"step is heun\(field, x, t, dt\)"),
+        (sde, sampling.ancestral, r"DiffusionStep\(ancestral\), which knows a path: give it to sample_diffusion"),
+        (sde, sampling.churn(), r"DiffusionStep\(churn\), which knows a path"),
+        (diffusion, sampling.churn, "a function that makes a step is called first"),
+        (diffusion, sampling.heun, r"step is heun\(field, x, t, dt\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            follow(step)
+    with pytest.raises(TypeError, match=r"path is .*Linear.* which is a class: make one with Linear\(\)"):
+        sampling.sample_diffusion(paths.Linear, same, 1.0, key, x, grid)
+
+
+def test_a_sigma_that_is_none_is_named(key):
+    for sigma, error, message in (
+        ("by_noise", TypeError, "sigma is 'by_noise', but it is a number or a function of t"),
+        (-1.0, ValueError, "sigma is -1.0, but it is at least 0"),
+        (jnp.nan, ValueError, "sigma is nan"),
+        (jnp.ones(4), ValueError, r"sigma has shape \(4,\), but it is one number for the whole batch"),
+        (lambda t: jnp.ones(4), ValueError, r"sigma has shape \(4,\)"),
+    ):
+        with pytest.raises(error, match=message):
+            sampling.sample_sde(same, sigma, key, jnp.zeros((4, 4)), grid)
+        with pytest.raises(error, match=message):
+            sampling.sample_diffusion(paths.Linear(), same, sigma, key, jnp.zeros((4, 4)), grid)
+
+
+def test_a_field_of_a_time_per_example_is_told_the_cure():
+    """As a network trained on times (B,) may be, that indexes t[:, None]."""
+
+    def network(x, t):
+        return x * t[:, None]
+
+    with pytest.raises(TypeError, match=r"one time per example, \(B,\), but samplers give one time .* jnp.broadcast_to\(t, x.shape"):
+        sampling.sample_ode(network, x, grid)
+    cured = lambda x, t: network(x, jnp.broadcast_to(t, x.shape[:1]))
+    assert jnp.isfinite(sampling.sample_ode(cured, x, grid)[0]).all()
+    with pytest.raises(ZeroDivisionError):
+        sampling.sample_ode(lambda x, t: 1 // 0, x, grid)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine(), paths.SquareRoot(), paths.VariancePreserving()], ids=name)
+@pytest.mark.parametrize("source", [targets.noise, targets.score, targets.data], ids=name)
+def test_default_calls_are_finite_or_say_why(path, source, compiled, key):
+    """Predictions that say nothing of the velocity at an end of the path, where the default step evaluates."""
+    exact = targets.convert_field(path, marginals.velocity(path, mixture()), source=targets.velocity, target=source)
+    field = targets.convert_field(path, exact, source=source, target=targets.velocity)
+    follow = lambda x_0, times, **how: sampling.sample_ode(field, x_0, times, **how)[0]
+    x_0 = sampling.noise(key, (8, 2))
+    whole = times.grid(20)
+    run = (lambda **how: jax.jit(lambda x_0: follow(x_0, whole, **how))(x_0)) if compiled else (lambda **how: follow(x_0, whole, **how))
+    with pytest.raises(ValueError, match=r"at t = [01]\b.*(let the grid|evaluate nothing)"):
+        run()
+    inner = times.grid(20, start=1e-3, end=0.999)
+    assert jnp.isfinite(follow(x_0, inner)).all()
+    assert jnp.isfinite(follow(x_0, times.grid(20, start=1e-3), last=sampling.euler)).all()
+
+
+def test_sde_steps_that_would_meet_what_is_infinite_say_so(key):
+    path = paths.Linear()
+    velocity = marginals.velocity(path, mixture())
+    follow = lambda sigma, **how: sampling.sample_diffusion(path, velocity, sigma, key, jnp.zeros((3, 2)), times.grid(9), **how)[0]
+    with pytest.raises(ValueError, match=r"the score does not follow from the velocity at t = 1"):
+        follow(1.0, step=sampling.stochastic_heun)
+    with pytest.raises(ValueError, match=r"sigma is inf at t = 0.*take a step that knows the path, such as sampling.ancestral"):
+        follow(diffusion.natural(path), step=sampling.euler_maruyama)
+    assert jnp.isfinite(follow(1.0, step=sampling.stochastic_heun, last=sampling.mean)).all()
+    assert jnp.isfinite(follow(diffusion.natural(path))).all()
+    points = marginals.velocity(path, marginals.Empirical(jnp.ones((2, 2))))
+    with pytest.raises(ValueError, match=r"The velocity of Linear.* to these data is infinite at t = 1"):
+        sampling.sample_ode(points, jnp.zeros((3, 2)), times.grid(9))
+
+
+def test_states_are_batches(key):
+    for bad in (jnp.zeros(3), jnp.zeros(()), jnp.zeros((0, 2)), jnp.zeros((3, 0))):
+        with pytest.raises(ValueError, match=r"x_0 has shape .*, but arrays are batch first, \(B, ...\): for one example give x_0\[None\]"):
+            sampling.sample_ode(same, bad, grid)
+        with pytest.raises(ValueError, match="x_0 has shape"):
+            sampling.sample_sde(same, 1.0, key, bad, grid)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from battery import PATHS, mixture, name
+from battery import PATHS, VarianceExploding, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +58,7 @@ def test_shift_multiplies_noise_over_data():
 
 @pytest.mark.parametrize("arguments", [(0,), (10, 1.0, 0.0), (10, 0.5, 0.5)])
 def test_bad_grids_are_named(arguments):
-    with pytest.raises(ValueError, match="A grid has at least one step and ends after it starts"):
+    with pytest.raises(ValueError, match=r"steps=0, but the grid has at least one step|A grid ends after it starts"):
         times.grid(*arguments)
 
 
@@ -124,7 +124,7 @@ def test_a_fitted_grid_is_the_best(x64):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: times.karras(paths.Linear(), 1), "The grid has at least 2 steps and 0 < smallest < largest, got steps=1"),
+        (lambda: times.karras(paths.Linear(), 1), "steps=1, but the grid has at least 2 steps"),
         (lambda: times.karras(paths.Linear(), 5, 2.0, 1.0), "got steps=5, smallest=2.0, largest=1.0"),
         (lambda: times.karras(paths.VariancePreserving(), 5, largest=1e6), r"The first noise level is 1e\+06, but the path starts at 1"),
         (lambda: times.log_ratio(paths.Linear(), 5, 0.0, 1.0), r"log\(alpha / beta\) is -inf at t = 0.0 and inf at t = 1.0"),
@@ -135,3 +135,41 @@ def test_a_fitted_grid_is_the_best(x64):
 def test_bad_grids_of_a_path_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_path_reaches_its_own_first_level():
+    """Rounded otherwise as a noise level than as a signal, whatever the level."""
+    for scale in (80.0, 3.0, 0.7, 12.3, 1e3):
+        path = VarianceExploding(scale)
+        grid = times.karras(path, 12, largest=scale)
+        assert grid[0] == 0
+        assert grid[-1] == 1
+        assert (jnp.diff(grid) > 0).all()
+
+
+def test_logit_normal_times_lie_inside():
+    t = times.logit_normal(jax.random.key(0), 10_000, mean=0.0, std=40.0)
+    assert t.min() > 0
+    assert t.max() < 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: times.grid(10, end=jnp.nan), "A grid ends after it starts, and both are finite"),
+        (lambda: times.grid(10, start=-jnp.inf), "A grid ends after it starts, and both are finite"),
+        (lambda: times.grid(2.5), "steps=2.5, but the grid has at least one step, a whole number"),
+        (lambda: times.karras(paths.Linear(), 10, largest=jnp.inf), "all finite"),
+        (lambda: times.karras(paths.Linear(), 10, smallest=jnp.nan), "all finite"),
+        (lambda: times.karras(paths.Linear(), 10, rho=0.0), "rho > 0"),
+        (lambda: times.shift(jnp.linspace(0, 1, 3), 0.0), "factor is 0.0, but it is a positive finite number"),
+        (lambda: times.shift(jnp.linspace(0, 1, 3), jnp.nan), "factor is nan"),
+        (lambda: times.resolution_factor(0, 4), "size is 0 and base 4"),
+        (lambda: times.logit_normal(jax.random.key(0), 4, std=jnp.nan), "std nan"),
+        (lambda: paths.time_at(paths.Linear(), jnp.nan), "The signal is nan, but"),
+        (lambda: paths.time_at(paths.Linear(), 1.5), "The signal is 1.5, but"),
+    ],
+)
+def test_numbers_that_make_no_grid_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

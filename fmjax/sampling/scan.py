@@ -1,18 +1,12 @@
-"""Sampling: one-step maps, and the one scan that follows them.
+"""The scan: steps for flows and for stochastic differential equations without a path, and what follows them.
 
-    dX = u_t(X) dt                                                flow model                      (1)
-    dX = u_t(X) dt + sigma_t dW                                   diffusion model                 (2)
-    dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    the marginals of (1), any sigma (3)
-    dX = sigma_t^2 / 2 grad log p(X) dt + sigma_t dW              Langevin dynamics               (4)
-
-A step for (1) is a function `(field, x, t, dt) -> x`; a step for (2) is `(drift, sigma, key, x, t, dt) -> x`, which
-draws by `noise(key, x.shape)`. Steps that know the path take the velocity in the drift's place and make (3) themselves;
-a step that remembers the last ones is a `Multistep`: see `fmjax.solvers`. Grids are arguments of the compiled program and
-its size does not depend on their length. The functions are not compiled by themselves: wrap the caller in `jax.jit`, as in
-`jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
+A step for (1) of `fmjax.sampling` is a function `(field, x, t, dt) -> x`; a step for (2) is `(drift, sigma, key, x, t, dt) -> x`,
+which draws by `noise(key, x.shape)`; one that remembers is a `Multistep`. Grids are arguments of the compiled program and its size
+does not depend on their length.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,6 +27,22 @@ class Multistep(NamedTuple):
     """(x, times) -> memory, any pytree of arrays."""
     step: Callable[..., Any]
     """(field, memory, x, t, dt) -> (x, memory); in `sample_sde` (drift, sigma, key, memory, x, t, dt) -> (x, memory)."""
+
+
+class DiffusionStep:
+    """A step of (3) of `fmjax.sampling` that knows the path, for `sample_diffusion`, which gives it what it knows.
+
+    Args:
+      step: (path, velocity, sigma, key, x, t, dt) -> x; with an `init`, (path, velocity, sigma, key, memory, x, t, dt) -> (x, memory).
+      init: (path, x, times) -> what the step remembers at the start, any pytree of arrays.
+    """
+
+    def __init__(self, step, init=None):
+        self.step, self.init = step, init
+        self.__name__, self.__doc__ = getattr(step, "__name__", "step"), step.__doc__
+
+    def __repr__(self):
+        return f"DiffusionStep({self.__name__})"
 
 
 def euler(field, x, t, dt):
@@ -93,7 +103,8 @@ def mean(drift, sigma, key, x, t, dt):
     return x + dt * drift(x, t)
 
 
-def _check_key(key, n):
+def check_key(key, n):
+    """Raises unless there is one typed key, or one for each of n examples."""
     dtype = getattr(key, "dtype", type(key).__name__)
     if not isinstance(key, jax.Array) or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise TypeError(f"key has dtype {dtype}, but keys are typed: make one with jax.random.key(seed).")
@@ -117,7 +128,7 @@ def noise(key, shape, dtype=jnp.float32):
       TypeError: if the key is not typed.
       ValueError: if there is neither one key nor one an example.
     """
-    _check_key(key, shape[0])
+    check_key(key, shape[0])
     # In rows, whose numbers are the same and whose program XLA compiles in a fifth of the time that one of images takes.
     n, size = shape[0], math.prod(shape[1:])
     if key.ndim == 0:
@@ -127,12 +138,16 @@ def noise(key, shape, dtype=jnp.float32):
     return over(lambda key: jax.random.normal(key, (size,), dtype))(key).reshape(shape)
 
 
-def _check_times(times, dtype):
-    """The grid as an array of floats; its order is checked wherever its values are known."""
+def check_times(times, dtype):
+    """The grid as an array of floats; its order is checked wherever its values are known, and there it stays known inside `jax.jit`."""
+    if not hasattr(times, "shape"):
+        times = np.asarray(times)
     if jnp.ndim(times) != 1 or len(times) < 2:
         raise ValueError(
             f"times has shape {jnp.shape(times)}, but a grid is one-dimensional with at least two times, such as jnp.linspace(0, 1, 51)."
         )
+    if not jnp.issubdtype(times.dtype, jnp.number) or jnp.issubdtype(times.dtype, jnp.complexfloating):
+        raise TypeError(f"times has dtype {times.dtype}, but a grid is of real numbers, such as jnp.linspace(0, 1, 51).")
     if not isinstance(times, Tracer):
         values = np.asarray(times).astype(dtype)
         backwards = np.flatnonzero(~(np.diff(values) > 0))
@@ -142,10 +157,13 @@ def _check_times(times, dtype):
                 f"times must increase, but times[{i}] is {values[i]:g} and times[{i + 1}] is {values[i + 1]:g} in {values.dtype}; "
                 "0 is noise, 1 is data."
             )
-    return jnp.asarray(times, dtype)
+        if not np.isfinite(values).all():
+            raise ValueError(f"times must be finite, but they go from {values[0]:g} to {values[-1]:g}; 0 is noise, 1 is data.")
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(times, dtype)
 
 
-def _like_state(field):
+def like_state(field):
     """The field with its output held to the state: its shape checked, its dtype the state's."""
 
     def checked(x, t):
@@ -156,18 +174,86 @@ def _like_state(field):
     return checked
 
 
-def _follow(advance, memory, x_0, times, last, save, every):
+def check_step(step, arguments):
+    """Raises unless a step can be called with these arguments: a maker of steps that was not called, a string, a step of another kind."""
+    wanted = f"({', '.join(arguments)}) -> x"
+    named = getattr(step, "__name__", repr(step))
+    if not callable(step):
+        raise TypeError(f"step is {step!r}, but it is a function {wanted}, such as sampling.{_AN_EXAMPLE[arguments]}.")
+    try:
+        inspect.signature(step).bind(*arguments)
+    except TypeError:
+        raise TypeError(
+            f"step is {named}{inspect.signature(step)}, but a step here is {wanted}: a function that makes a step is called first, as in "
+            "step=solvers.unipc(path, 2); steps with noise are for sample_sde and sample_diffusion, those without for sample_ode."
+        ) from None
+    except ValueError:
+        # Some callables, such as NumPy's, do not say what they take.
+        return
+
+
+_FLOW = ("field", "x", "t", "dt")
+_SDE = ("drift", "sigma", "key", "x", "t", "dt")
+_AN_EXAMPLE = {_FLOW: "heun", _SDE: "euler_maruyama"}
+
+
+def check_ends(field, x_0, times, ends):
+    """Raises where a field cannot be evaluated at an end of the grid, or only with a time per example, wherever their values are known.
+
+    Args:
+      field: (x, t) -> like x; (x, t) -> any pytree, for a drift and its sigma.
+      x_0: where to start.
+      times: the grid.
+      ends: which times of it are looked at, such as (0, -1).
+    """
+
+    def traced(t):
+        return jax.eval_shape(lambda x: field(x, t), x_0)
+
+    # A grid that is an argument of a compiled function is not known, and a time in the middle stands for it.
+    seen = [np.asarray(0.5, x_0.dtype)] if isinstance(times, Tracer) else [np.asarray(times)[end] for end in ends]
+    try:
+        for t in seen:
+            traced(t)
+    except (IndexError, TypeError, ValueError) as error:
+        try:
+            traced(np.full(x_0.shape[:1], t))
+        except Exception:
+            raise error from None
+        raise TypeError(
+            f"The field takes one time per example, (B,), but samplers give one time for the whole batch, of shape () "
+            f"({type(error).__name__}: {error}). Begin the field with t = jnp.broadcast_to(t, x.shape[:1]), which takes both."
+        ) from error
+
+
+def evaluated_at_end(step, *arguments):
+    """Whether a step calls its field at the end of its interval, by a step of numbers alone; False where that cannot be told."""
+    seen = []
+
+    def field(x, t):
+        seen.append(float(t))
+        return 0 * x
+
+    try:
+        with jax.ensure_compile_time_eval():
+            step(field, *arguments, np.zeros((1, 1), np.float32), 0.0, 1.0)
+    except Exception:
+        return False
+    return 1.0 in seen
+
+
+def follow(advance, memory, x_0, times, last, save, every):
     """Scans advance(index, memory, x, t, dt) over the grid, in float32 or wider; a last step that is another follows the scan."""
-    x_0 = paths.check_float("x_0", x_0)
+    x_0 = paths.check_batch("x_0", x_0)
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
+    times = check_times(times, dtype)
     # Where the grid is known it stays so inside `jax.jit`, for the checks of multistep methods.
     with jax.ensure_compile_time_eval():
-        times = _check_times(times, dtype)
         scanned = times if last is None else times[:-1]
     steps = len(times) - 1 - (last is not None)
     if not steps:
         raise ValueError("times has one step, but there is another last step: take two steps at least, or leave `last` out.")
-    if not 1 <= every <= steps or steps % every:
+    if not isinstance(every, int | np.integer) or not 1 <= every <= steps or steps % every:
         raise ValueError(
             f"every is {every}, but a grid of {steps} steps can save the states after every k-th only where k divides {steps}."
         )
@@ -204,6 +290,8 @@ def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun
 
     X_{i+1} = step(field, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Flow Model", which stops a step short)
 
+    Outside `jax.jit` each call compiles anew: `sample = jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
+
     Args:
       field: (x, t) -> like x; t is a scalar here.
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
@@ -216,11 +304,19 @@ def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun
       x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`); where
         `last` is another one, of (n - 1) / every + 2.
     Raises:
-      TypeError: if x_0 is not of floats.
-      ValueError: if the grid does not increase, the field's output has another shape than x, a multistep method needs more
-        steps than there are, or `every` does not divide their number.
+      TypeError: if x_0 is not of floats, the step is of another kind, or the field takes only a time per example.
+      ValueError: if the grid does not increase, the field is infinite at a known end of it, its output has another shape than x, a
+        multistep method needs more steps than there are, or `every` does not divide their number.
     """
-    field = _like_state(field)
+    for each in (step, last) if last is not None else (step,):
+        if not isinstance(each, Multistep):
+            check_step(each, _FLOW)
+    final = step if last is None else last
+    x_0 = paths.check_batch("x_0", x_0)
+    times = check_times(times, jnp.promote_types(x_0.dtype, jnp.float32))
+    at_end = not isinstance(final, Multistep) and evaluated_at_end(final)
+    field = like_state(field)
+    check_ends(field, x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32)), times, (0, -1) if at_end else (0,))
 
     def advance(index, memory, x, t, dt):
         if isinstance(step, Multistep):
@@ -228,36 +324,75 @@ def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun
         return None, step(field, x, t, dt)
 
     end = last and (lambda index, x, t, dt: last(field, x, t, dt))
-    return _follow(advance, _memory(step), x_0, times, end, save, every)
+    return follow(advance, _memory(step), x_0, times, end, save, every)
 
 
 def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Multistep = euler_maruyama, last=None, save=None, every=1):
-    """Follows a stochastic differential equation (2) along a grid.
+    """Follows a stochastic differential equation (2) without a path along a grid: Brownian motion, Ornstein-Uhlenbeck, Langevin.
 
     X_{i+1} = step(drift, sigma, key_i, X_i, t_i, t_{i+1} - t_i)    (notes 003, "Sampling from a Diffusion Model")
 
-    Example i's noise depends on the key, on i and on the number of the step, not on the size of the batch (see `noise`).
+    Data are sampled by `sample_diffusion`, which makes the drift from the path and sigma. Example i's noise depends on the key, on i
+    and on the number of the step, not on the size of the batch (see `noise`). Outside `jax.jit` each call compiles anew.
 
     Args:
-      drift: (x, t) -> like x; t is a scalar here. A step that knows the path (`ancestral`, `churn`) takes the velocity.
+      drift: (x, t) -> like x; t is a scalar here.
       sigma: the diffusion coefficient, a number or a function of t; at least 0.
       key: a typed key; or one an example, (B,), of which example i then depends on the i-th alone.
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
       step: one step, `(drift, sigma, key, x, t, dt) -> x`: `euler_maruyama`, or yours; or a `Multistep`.
-      last: the last step where it is another one, as `step`: `mean`, `tweedie(path, velocity_field)`, or yours.
+      last: the last step where it is another one, as `step`: `mean`, or yours.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
       every: keep only every so many states, a divisor of the number of steps without the last one.
     Returns:
       x_1, like x_0, and what was saved, with a leading axis of n / every + 1 from x_0 to x_1 (None without `save`); where
         `last` is another one, of (n - 1) / every + 2.
     Raises:
-      TypeError: if x_0 is not of floats, or the key is not typed.
+      TypeError: if x_0 is not of floats, the key is not typed, or the step is of another kind, such as one that knows a path.
       ValueError: if the grid does not increase, the keys are neither one nor one an example, the drift's output has
         another shape than x, a multistep method needs more steps than there are, or `every` does not divide their number.
     """
-    drift, sigma, x_0 = _like_state(drift), _coefficient(sigma), paths.check_float("x_0", x_0)
-    _check_key(key, x_0.shape[0])
+    for each in (step, last):
+        if isinstance(each, DiffusionStep):
+            raise TypeError(
+                f"step is {each!r}, which knows a path: give it to sample_diffusion(path, velocity, sigma, ...), which takes the velocity, "
+                "not the drift."
+            )
+    x_0, sigma = paths.check_batch("x_0", x_0), coefficient(sigma)
+    times = check_times(times, jnp.promote_types(x_0.dtype, jnp.float32))
+    drift = like_state(drift)
+    check_sde(key, x_0, step, last)
+    check_drift(drift, sigma, x_0, times, step, last)
+    return follow_sde(drift, sigma, key, x_0, times, step, last, save, every)
+
+
+def check_sde(key, x_0, step, last):
+    """Raises unless there are keys for the examples, and steps of (2)."""
+    check_key(key, x_0.shape[0])
+    for each in (step, last) if last is not None else (step,):
+        if not isinstance(each, Multistep):
+            check_step(each, _SDE)
+
+
+def check_drift(drift, sigma, x_0, times, step, last):
+    """Raises where an SDE's steps would meet an infinite drift or sigma at an end of a known grid."""
+    final = step if last is None else last
+    at_end = not isinstance(final, Multistep) and evaluated_at_end(final, np.ones_like, jax.random.key(0))
+    ends = (0, -1) if at_end else (0,)
+    check_ends(drift, x_0.astype(times.dtype), times, ends)
+    for end in () if isinstance(times, Tracer) else ends:
+        with jax.ensure_compile_time_eval():
+            value = sigma(np.asarray(times)[end])
+        if not isinstance(value, Tracer) and not np.isfinite(value):
+            raise ValueError(
+                f"sigma is {value} at t = {np.asarray(times)[end]:g}, where the step evaluates it: let the grid start later or end "
+                "earlier, or take a step that knows the path, such as sampling.ancestral."
+            )
+
+
+def follow_sde(drift, sigma, key, x_0, times, step, last, save, every):
+    """The scan of an SDE, whose arguments are checked."""
     fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
 
     def advance(index, memory, x, t, dt):
@@ -267,7 +402,7 @@ def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Mult
         return None, step(drift, sigma, key_step, x, t, dt)
 
     end = last and (lambda index, x, t, dt: last(drift, sigma, fold_in(key, index), x, t, dt))
-    return _follow(advance, _memory(step), x_0, times, end, save, every)
+    return follow(advance, _memory(step), x_0, times, end, save, every)
 
 
 def _memory(step):
@@ -291,62 +426,49 @@ def reverse(field, times):
     return lambda x, s: -field(x, both - s), both - times[::-1]
 
 
-def _coefficient(sigma: Any) -> Callable[[Any], Any]:
-    """sigma as a function of t."""
-    # In t's dtype, which is the state's: a wider number would widen it.
-    return lambda t: jnp.asarray(sigma(t) if callable(sigma) else sigma, jnp.result_type(t))
+def coefficient(sigma: Any) -> Callable[[Any], Any]:
+    """sigma as a function of t, of one number for each time; checked wherever its value is known."""
+    if not callable(sigma) and (isinstance(sigma, str) or not jnp.issubdtype(jnp.result_type(sigma), jnp.number)):
+        raise TypeError(f"sigma is {sigma!r}, but it is a number or a function of t, such as diffusion.by_noise(path).")
+
+    def checked(value, t):
+        value = jnp.asarray(value)
+        if value.shape not in ((), jnp.shape(t)):
+            raise ValueError(
+                f"sigma has shape {value.shape}, but it is one number for the whole batch, or a function of t that gives one for each time."
+            )
+        if not isinstance(value, Tracer) and not (np.asarray(value) >= 0).all():
+            raise ValueError(f"sigma is {value}, but it is at least 0.")
+        # In t's dtype, which is the state's: a wider number would widen it.
+        return value.astype(jnp.result_type(t))
+
+    if not callable(sigma):
+        checked(sigma, 0.0)
+    return lambda t: checked(sigma(t) if callable(sigma) else sigma, t)
 
 
-def extend(velocity_field, score_field, sigma):
-    """The SDE extension trick from a velocity and a score: a drift for `sample_sde` with the velocity's marginals.
-
-    u_t(x) + sigma_t^2 / 2 grad log p_t(x)        (3) (notes 002, "SDE extension trick"; 004, "Score Matching")
-
-    Args:
-      velocity_field: (x, t) -> u_t(x), like x.
-      score_field: (x, t) -> grad log p_t(x), like x.
-      sigma: the diffusion coefficient, a number or a function of t; at least 0.
-    Returns:
-      A field, (x, t) -> like x.
-    """
-    sigma = _coefficient(sigma)
-    return lambda x, t: velocity_field(x, t) + sigma(paths.lift(t, x)) ** 2 / 2 * score_field(x, t)
+def check_domain(path, times):
+    """Raises where a grid leaves the path, or starts where its velocity says nothing, wherever their values are known."""
+    check_range(times)
+    if not isinstance(times, Tracer):
+        first = np.asarray(times)[0]
+        with jax.ensure_compile_time_eval():
+            row = targets.velocity(path, first)
+        if not any(isinstance(entry, Tracer) for entry in row) and not np.any(row):
+            raise ValueError(f"The velocity of {path} is 0 at t = {first:g} and says nothing of the data: start the grid later.")
 
 
-def sde_drift(path, velocity_field, sigma):
-    """The SDE extension trick from a velocity alone: on a path, the score follows from it.
-
-    u_t(x) + sigma_t^2 / 2 (alpha_t u_t(x) - alpha'_t x) / (beta_t (beta_t alpha'_t - alpha_t beta'_t))
-    (3) (notes 004, "Denoising Diffusion Models", whose s_t(x) prints alpha_t for alpha'_t in the denominator)
-
-    From a score alone, or from predicted noise or data, convert first:
-    `sde_drift(path, targets.convert_field(path, score_field, source=targets.score, target=targets.velocity), sigma)`.
-
-    Args:
-      path: anything with `alpha(t)` and `beta(t)`.
-      velocity_field: (x, t) -> u_t(x), like x.
-      sigma: the diffusion coefficient, a number or a function of t; at least 0.
-    Returns:
-      A field, (x, t) -> like x, of one evaluation of `velocity_field`; its domain is beta_t > 0.
-    """
-
-    def drift(x, t):
-        u = velocity_field(x, t)
-        score = targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)
-        return extend(lambda x, t: u, lambda x, t: score, sigma)(x, t)
-
-    return drift
+def check_range(times):
+    """Raises where a grid leaves the path, wherever its values are known."""
+    if not isinstance(times, Tracer):
+        first, last = np.asarray(times)[[0, -1]]
+        if first < 0 or last > 1:
+            raise ValueError(f"times go from {first:g} to {last:g}, but a path goes from 0, noise, to 1, data.")
 
 
-def langevin(score_field, sigma):
-    """The drift of Langevin dynamics, under which the distribution with that score stays as it is.
-
-    sigma_t^2 / 2 grad log p(x)        (4) (notes 004, "Remark Langevin dynamics")
-
-    Args:
-      score_field: (x, t) -> grad log p(x), like x.
-      sigma: the diffusion coefficient, a number or a function of t; at least 0.
-    Returns:
-      A field, (x, t) -> like x, for `sample_sde` with the same sigma.
-    """
-    return extend(lambda x, t: jnp.zeros_like(x), score_field, sigma)
+def check_steps(order, times):
+    """Raises unless a grid has as many steps as a multistep method needs."""
+    if len(times) - 1 < order:
+        raise ValueError(
+            f"The method has order {order} and needs as many steps, but the grid has {len(times) - 1}: take more steps or a lower order."
+        )

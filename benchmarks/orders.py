@@ -1,0 +1,235 @@
+"""How fast every step converges, on every path, for every sigma: a JSON file of rows, and two pictures.
+
+    python -m benchmarks.orders --out results/orders.json        about 10 minutes on two cores
+
+"noise": the law of what a sampler with noise draws, where the data are one Gaussian of mean 1 and standard deviation 1/2, against
+them: the Wasserstein distance of the two Gaussians. A step is affine in the state and in its noise then, so the law follows exactly,
+in float64, from samples that meet one draw of 1 each and no other: nothing is random here. By equal steps from 0 (from .001 where the
+path's velocity is 0 at noise, from .01 where a step of any SDE would meet an infinite sigma there) to 1. The order is that between the
+last two numbers of steps.
+
+"flow": the mean |x - x*| per coordinate of a mixture in the plane, in float32, against 8,000 steps of Runge-Kutta 4 in float64; it falls to
+rounding and stays there, up to 4,000 steps.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks.rows import commit, describe, start
+from fmjax import diffusion, marginals, paths, sampling, solvers, times
+from fmjax.sampling import scan, stochastic
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exploding:
+    """A path of a user's own, which keeps the data and shrinks the noise."""
+
+    def alpha(self, t):
+        return jnp.ones_like(t)
+
+    def beta(self, t):
+        return 3 * (1 - t)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlatEnds:
+    """A path of a user's own that comes to rest at noise and at data."""
+
+    def alpha(self, t):
+        return jnp.sin(jnp.pi / 2 * t) ** 2
+
+    def beta(self, t):
+        return jnp.sin(jnp.pi / 2 * (1 - t)) ** 2
+
+
+PATHS = {
+    "linear": paths.Linear(),
+    "cosine": paths.Cosine(),
+    "polynomial 2": paths.Polynomial(2.0),
+    "polynomial 3": paths.Polynomial(3.0),
+    "variance preserving": paths.VariancePreserving(),
+    "square root": paths.SquareRoot(),
+    "variance exploding": Exploding(),
+    "flat ends": FlatEnds(),
+}
+RESTING = ("polynomial 2", "polynomial 3", "flat ends")
+"""Paths whose velocity is 0 at noise."""
+INFINITE = ("variance preserving", "square root")
+"""Paths whose velocity is infinite at data."""
+SIGMAS = {"0": (0.0, 0.0), "0.5": (0.5, 0.0), "1": (1.0, 0.0), "2": (2.0, 0.0), "2 beta": (0.0, 2.0), "reverse SDE": None}
+"""Each a number, and how much of beta is added to it, which are arguments of one program; None is `diffusion.natural`."""
+NOISY = {
+    "euler_maruyama": sampling.euler_maruyama,
+    "stochastic_heun": sampling.stochastic_heun,
+    "ancestral": sampling.ancestral,
+    "sde_dpm_solver_pp": sampling.sde_dpm_solver_pp,
+    "churn": sampling.churn(),
+    "predictor_corrector": sampling.predictor_corrector(),
+}
+FLOWS: dict[str, Callable] = {
+    "euler": lambda path: sampling.euler,
+    "heun": lambda path: sampling.heun,
+    "midpoint": lambda path: sampling.midpoint,
+    "rk4": lambda path: sampling.rk4,
+    "ddim": solvers.ddim,
+    "solvers.heun": solvers.heun,
+    "edm_heun": solvers.edm_heun,
+    **{f"adams_bashforth {k}": lambda path, k=k: solvers.adams_bashforth(k) for k in (2, 3, 4)},
+    **{f"dpm_solver_pp {k}": functools.partial(lambda path, k: solvers.dpm_solver_pp(path, k), k=k) for k in (2, 3)},
+    **{f"unipc {k}": functools.partial(lambda path, k: solvers.unipc(path, k), k=k) for k in (2, 3)},
+    **{f"deis {k}": functools.partial(lambda path, k: solvers.deis(path, k), k=k) for k in (2, 3)},
+}
+MEAN, SCALE = 1.0, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures the convergence of every step."""
+
+    out: Path | None = None
+    """Where the rows are written, and the pictures beside them."""
+    steps: tuple[int, ...] = (25, 50, 100, 200, 400, 800)
+    """Of the samplers with noise."""
+    fine: tuple[int, ...] = (10, 40, 100, 400, 1000, 4000)
+    """Of the flows."""
+    points: int = 200
+    """Of the flows."""
+    paths: tuple[str, ...] = tuple(PATHS)
+    """Which of them."""
+
+
+def drawn(path, step, natural, n, begin, number, share):
+    """The mean and the standard deviation of what a sampler with noise draws of a Gaussian, exactly."""
+    sigma = diffusion.natural(path) if natural else lambda t: number + share * path.beta(t)
+    velocity = marginals.velocity(path, marginals.GaussianMixture(jnp.ones(1), jnp.full((1, 1), MEAN), jnp.full(1, SCALE)))
+    draws = 2 * n
+    mean, variance = path.alpha(begin) * MEAN, (path.alpha(begin) * SCALE) ** 2 + path.beta(begin) ** 2
+    # The first sample has no noise, the second another start, and every other one draw of 1.
+    x_0 = jnp.full((draws + 2, 1), mean).at[1].add(1)
+
+    def unit(key, shape, dtype):
+        return jax.nn.one_hot(key + 2, draws + 2, dtype=dtype)[:, None]
+
+    numbered = {"fold_in": lambda key, index: 2 * index, "split": lambda key, num: key + jnp.arange(num)}
+    last = sampling.mean if step is sampling.stochastic_heun else None
+    with (
+        mock.patch.object(scan, "noise", unit),
+        mock.patch.object(stochastic, "noise", unit),
+        mock.patch.multiple(jax.random, **numbered),
+    ):
+        grid = times.grid(n, start=begin)
+        x = sampling.sample_diffusion(path, velocity, sigma, jax.random.key(0), x_0, grid, step=step, last=last)[0][:, 0]
+    return x[0], jnp.sqrt((x[1] - x[0]) ** 2 * variance + ((x[2:] - x[0]) ** 2).sum())
+
+
+def noise(config):
+    """The errors of every step with noise."""
+    for name in config.paths:
+        path = PATHS[name]
+        for step, takes in NOISY.items():
+            find = jax.jit(functools.partial(drawn, path, takes), static_argnums=(0, 1, 2))
+            for sigma, numbers in SIGMAS.items():
+                infinite = sigma == "reverse SDE" and name != "variance preserving" and step in ("euler_maruyama", "stochastic_heun")
+                begin = 0.01 if infinite and name != "variance exploding" else 1e-3 if name in RESTING else 0.0
+                with jax.enable_x64(True):
+                    found = [find(numbers is None, n, begin, *(numbers or (0.0, 0.0))) for n in config.steps]
+                errors = [float(np.hypot(float(mean) - MEAN, float(std) - SCALE)) for mean, std in found]
+                yield summary("noise", name, step, config.steps, errors, sigma=sigma, begin=begin)
+
+
+def flow(config):
+    """The errors of every step of a flow in float32."""
+    weights, means = [0.2, 0.5, 0.3], [[2.0, 0.5], [-1.5, 1.0], [0.3, -1.8]]
+    for name in config.paths:
+        path = PATHS[name]
+        begin, end = 1e-3 if name in RESTING else 0.0, 0.999 if name in INFINITE else 1.0
+        x_0 = np.asarray(path.beta(jnp.float32(begin)) * sampling.noise(jax.random.key(0), (config.points, 2)))
+
+        def data():
+            return marginals.GaussianMixture(jnp.array(weights), jnp.array(means), jnp.array([0.5, 0.7, 0.4]))
+
+        with jax.enable_x64(True):
+            field = marginals.velocity(path, data())
+            grid = jnp.linspace(begin, end, 8001)
+            exact = jax.jit(lambda x, field=field, grid=grid: sampling.sample_ode(field, x, grid, step=sampling.rk4)[0])
+            exact = np.asarray(exact(x_0.astype(np.float64)))
+        field = marginals.velocity(path, data())
+        for step, make in FLOWS.items():
+            solver = make(path)
+            follow = jax.jit(lambda x, grid, field=field, step=solver: sampling.sample_ode(field, x, grid, step=step)[0])
+            ends = [follow(x_0, times.grid(n, start=begin, end=end)) for n in config.fine]
+            errors = [float(np.abs(np.asarray(x) - exact).mean()) for x in ends]
+            yield summary("flow", name, step, config.fine, errors, begin=begin)
+
+
+def summary(kind, path, step, steps, errors, **more):
+    """One row."""
+    order = float(np.log(errors[-2] / errors[-1]) / np.log(steps[-1] / steps[-2])) if min(errors[-2:]) > 0 else None
+    return {
+        "kind": kind,
+        "path": path,
+        "step": step,
+        **more,
+        "steps": list(steps),
+        "errors": [float(f"{error:.3g}") for error in errors],
+        **({"order": round(order, 2) if order is not None else None} if kind == "noise" else {}),
+    }
+
+
+def draw(rows, file):
+    """Errors over steps: a panel for each path, and for each sigma where there are any."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    columns, lines = list(dict.fromkeys(row["path"] for row in rows)), list(dict.fromkeys(row.get("sigma") for row in rows))
+    size = 1.9 * len(columns) + 1.6, 1.7 * len(lines) + 1.2
+    figure, axes = plt.subplots(len(lines), len(columns), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(row["step"] for row in rows))
+    colours = {name: plt.get_cmap("tab20" if len(names) > 10 else "tab10")(i) for i, name in enumerate(names)}
+    for row in rows:
+        axis = axes[lines.index(row.get("sigma"))][columns.index(row["path"])]
+        axis.loglog(row["steps"], np.maximum(row["errors"], 1e-9), color=colours[row["step"]], linewidth=1.2, label=row["step"])
+    for i, line in enumerate(lines):
+        axes[i][0].set_ylabel("mean error" if line is None else f"sigma {line}\nW2 to the data")
+    for j, column in enumerate(columns):
+        axes[0][j].set_title(column, fontsize=9)
+        axes[-1][j].set_xlabel("steps")
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(names), 6), fontsize=9)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.set_ylim(1e-7, 1)
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def main(config):
+    rows = {"noise": [], "flow": []}
+    for part in (noise, flow):
+        for row in part(config):
+            print(json.dumps(row), flush=True)
+            rows[part.__name__].append(row)
+    if config.out:
+        about = {**describe(), "commit": commit()}
+        lines = ",\n".join(json.dumps(row) for part in rows.values() for row in part)
+        config.out.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
+        for part, found in rows.items():
+            draw(found, config.out.with_name(f"{config.out.stem}_{part}.png"))
+
+
+if __name__ == "__main__":
+    start()
+    main(tyro.cli(Config))

@@ -1,0 +1,325 @@
+"""Stochastic: diffusion models on a path, for any sigma_t, and steps that know the path.
+
+Every sigma_t >= 0 gives (3) of `fmjax.sampling` the marginals of the flow. With D = E[x_1 | x] and E = E[x_0 | x] held over a step from
+t to s, (3) is solved exactly by
+
+    x_s = alpha_s D + beta_s (k E + sqrt(1 - k^2) epsilon),   k = exp(-tau / 2),   tau = int_t^s sigma^2 / beta^2      (5)
+
+which is DDIM for sigma = 0 and DDPM's posterior for the reverse SDE, `diffusion.natural`, whose k is rho, the noise level at s over
+that at t. (5) takes away (1 - k)^2 beta^2 g of the variance, g the part of x_0 that x does not tell: of the order of the step squared
+for k >= rho. A larger sigma, such as a constant near data, where tau grows without bound, would make that of the step's order 1. So
+k is held at rho at least, and what sigma asks beyond it is Langevin dynamics at s, whose drift and noise balance for any data,
+
+    ... - beta_s a E + sqrt(2 a beta_s alpha_s beta_t / alpha_t) epsilon,   a = min((tau + 2 log rho) / 2, 1 / 2)        (6)
+
+with noise of one draw. A step resolves no more than a = 1/2, where the noise that it renews is no longer small beside what it adds; so
+much noise is left out where sigma asks for more, in times that shrink with the step. Neither (5) nor (6) divides by beta: what a
+network gets wrong in E is not multiplied near data, as the drift of (3) does.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fmjax import paths, targets
+from fmjax.sampling import clock as clocks
+from fmjax.sampling.scan import (
+    DiffusionStep,
+    Multistep,
+    check_domain,
+    check_drift,
+    check_ends,
+    check_range,
+    check_sde,
+    check_steps,
+    check_times,
+    coefficient,
+    follow_sde,
+    like_state,
+    noise,
+)
+
+
+def extend(velocity_field, score_field, sigma):
+    """The SDE extension trick from a velocity and a score: a drift for `sample_sde` with the velocity's marginals.
+
+    u_t(x) + sigma_t^2 / 2 grad log p_t(x)        (3) (notes 002, "SDE extension trick"; 004, "Score Matching")
+
+    Args:
+      velocity_field: (x, t) -> u_t(x), like x.
+      score_field: (x, t) -> grad log p_t(x), like x.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0.
+    Returns:
+      A field, (x, t) -> like x.
+    """
+    sigma = coefficient(sigma)
+
+    def drift(x, t):
+        velocity, score = velocity_field(x, t), score_field(x, t)
+        paths.check_like("The velocity", velocity, x)
+        paths.check_like("The score", score, x)
+        return velocity + sigma(paths.lift(t, x)) ** 2 / 2 * score
+
+    return drift
+
+
+def sde_drift(path, velocity_field, sigma):
+    """The SDE extension trick from a velocity alone: on a path, the score follows from it.
+
+    u_t(x) + sigma_t^2 / 2 (alpha_t u_t(x) - alpha'_t x) / (beta_t (beta_t alpha'_t - alpha_t beta'_t))
+    (3) (notes 004, "Denoising Diffusion Models", whose s_t(x) prints alpha_t for alpha'_t in the denominator)
+
+    From a score alone, or from predicted noise or data, convert first:
+    `sde_drift(path, targets.convert_field(path, score_field, source=targets.score, target=targets.velocity), sigma)`.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      velocity_field: (x, t) -> u_t(x), like x.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0.
+    Returns:
+      A field, (x, t) -> like x, of one evaluation of `velocity_field`; its domain is beta_t > 0. It divides by beta: an error e of the
+        velocity is one of about (1 + sigma_t^2 / (2 beta_t)) e near data on the linear path, and more where the velocity comes to rest
+        there, so that a sigma which does not fall with beta asks for `sample_diffusion` with its `ancestral`, or for a grid that
+        ends before: `times.grid(n, end=0.99)` and `last=tweedie`.
+    """
+
+    def drift(x, t):
+        u = velocity_field(x, t)
+        score = targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)
+        return extend(lambda x, t: u, lambda x, t: score, sigma)(x, t)
+
+    return drift
+
+
+def langevin(score_field, sigma):
+    """The drift of Langevin dynamics, under which the distribution with that score stays as it is.
+
+    sigma_t^2 / 2 grad log p(x)        (4) (notes 004, "Remark Langevin dynamics")
+
+    Args:
+      score_field: (x, t) -> grad log p(x), like x.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0.
+    Returns:
+      A field, (x, t) -> like x, for `sample_sde` with the same sigma.
+    """
+    return extend(lambda x, t: jnp.zeros_like(x), score_field, sigma)
+
+
+_RESOLVED = 0.5
+"""The largest a of (6)."""
+
+
+def _renewal(path, sigma, t, dt):
+    """log k of (5), the a of (6), and the noise that sigma asks for over what (5) may renew, at least 1."""
+    here, there = clocks.position(path, t), clocks.position(path, t + dt)
+    inner = t + dt * jnp.asarray(clocks.NODES, dt.dtype)
+    rates = (jax.vmap(sigma)(inner) / path.beta(inner)) ** 2
+    # More than e^-100 of the noise never stays, and a sum without end would have no derivative.
+    tau = jnp.minimum(dt * (jnp.asarray(clocks.WEIGHTS, dt.dtype) * rates).sum(), 200)
+    rho = clocks.noise_kept(here, there)
+    between_ends = rho > 0
+    log_rho = jnp.log(jnp.where(between_ends, rho, 1))
+    beyond = jnp.where(between_ends, tau + 2 * log_rho, 0)
+    log_kept = jnp.where(beyond > 0, log_rho, -tau / 2)
+    asked = jnp.where(beyond > 0, tau / jnp.where(beyond > 0, -2 * log_rho, 1), 1)
+    return here, there, log_kept, jnp.clip(beyond / 2, 0, _RESOLVED), asked
+
+
+def _renewed(z, slope, here, there, log_kept, excess, epsilon):
+    """How (5) and (6) move z = x / (alpha + beta)."""
+    lost = -jnp.expm1(log_kept) + excess
+    # The shares of (6)'s beta_s alpha_s beta_t / alpha_t; without an excess nothing is divided.
+    balanced = jnp.where(excess > 0, here.noise / jnp.where(excess > 0, here.data, 1), 0)
+    variance = there.noise**2 * -jnp.expm1(2 * log_kept) + 2 * excess * there.noise * there.data * balanced
+    fresh = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+    moved = clocks.ahead(here, there) + there.noise * here.data * lost
+    return moved * slope - there.noise * lost * z + fresh * epsilon
+
+
+@DiffusionStep
+def ancestral(path, velocity, sigma, key, x, t, dt):
+    """Data held over a step, noise renewed as sigma says: (5) and (6)    (DDPM's posterior, Ho et al. 2020, eq. 7, where sigma is
+    `diffusion.natural`).
+
+    One evaluation, weak order 1 for every sigma, finite at noise and data; it multiplies no error of a network. Derivatives in the
+    times of the grid hold for its inner ones; in an end at noise or data they leave out how much noise is kept.
+    """
+    z, slope = clocks.enter(path, velocity, x, t)
+    here, there, log_kept, excess, _ = _renewal(path, sigma, t, dt)
+    return clocks.leave(path, x, z, _renewed(z, slope, here, there, log_kept, excess, noise(key, x.shape, x.dtype)), t, dt)
+
+
+def _begin_sde_dpm_solver_pp(path, x, times):
+    check_steps(2, times)
+    check_domain(path, times)
+    start = jnp.full(1, 0.5, times.dtype)
+    return jnp.zeros((), int), clocks.Position(start, start), jnp.zeros((1, *x.shape), x.dtype)
+
+
+@functools.partial(DiffusionStep, init=_begin_sde_dpm_solver_pp)
+def sde_dpm_solver_pp(path, velocity, sigma, key, memory, x, t, dt):
+    """SDE-DPM-Solver++ 2M: `ancestral` with D a line through its last two values    (Lu et al. 2022b, appendix A; the integral exact,
+    the line in (1 - c)^2).
+
+    z_s of (5) + w (D_j - D),  w = min(1, -2 log rho / tau) s int (1 - rho_r^(1 + kappa)) l_j',  kappa = min(tau / (-2 log rho), 1)
+
+    One evaluation; of weak order 2 for sigma up to `diffusion.natural`, of order 1 beyond, where the last values differ by noise that a
+    line would multiply, so it is taken in the share that (5) has of the noise. There is none of a higher order, for the same reason.
+    """
+    index, nodes, values = memory
+    z, slope = clocks.enter(path, velocity, x, t)
+    here, there, log_kept, excess, asked = _renewal(path, sigma, t, dt)
+    data = z + here.noise * slope
+    rho = clocks.noise_kept(here, there)
+    log_rho = jnp.where(rho > 0, jnp.log(jnp.where(rho > 0, rho, 0.5)), -1)
+    kappa = jnp.where(rho > 0, log_kept / log_rho, 0)
+
+    def kernel(r, share):
+        rho_r = clocks.noise_kept(r, there)
+        return there.data * (1 - jnp.where(rho_r > 0, jnp.exp((1 + kappa) * jnp.log(jnp.where(rho_r > 0, rho_r, 1))), 0))
+
+    weights = clocks.basis_weights(clocks.squared_noise, nodes, jnp.asarray([index > 0]), here, there, kernel) / asked
+    moved = _renewed(z, slope, here, there, log_kept, excess, noise(key, x.shape, x.dtype))
+    moved = moved + clocks.combine(weights, values - data[None])
+    return clocks.leave(path, x, z, moved, t, dt), (index + 1, jax.tree.map(lambda a: a[None], here), data[None])
+
+
+def churn(make_step=clocks.heun):
+    """EDM's stochastic sampler: noise is added, and a step of the flow goes on from the time that has so much noise.
+
+    x_r = (alpha_r + beta_r) / (alpha_t + beta) (x_t + sigma_t sqrt(h) epsilon),   beta_r / alpha_r = beta / alpha_t,
+    beta^2 = beta_t^2 + min(sigma_t^2 h, beta_t^2)
+    (Karras et al. 2022, algorithm 2, whose gamma is a choice of beta, at most sqrt(2) - 1)
+
+    Noise is exact, so the step has the flow's error from r to t + h: weak order 2 with steps of order 2 where sigma_t^2 h is small
+    beside beta_t^2, and 1 where a constant sigma makes r go back by the root of h near data. No more noise is added than there is,
+    as in the paper, nor than the path has.
+
+    Args:
+      make_step: a function of the path that makes the step of the flow from r to t + h, `(field, x, t, dt) -> x`: `solvers.heun`,
+        `solvers.edm_heun`, `solvers.ddim`, or `lambda path: sampling.midpoint`.
+    Returns:
+      A step for `sample_diffusion`, with the evaluations of the flow's step.
+    """
+
+    def churned(path, velocity, sigma, key, x, t, dt):
+        alpha, beta = path.alpha(t), path.beta(t)
+        added = jnp.minimum(sigma(t + dt / 2) * jnp.sqrt(dt), beta)
+        first = paths.signal_at(path, jnp.zeros_like(t))
+        signal = alpha / (alpha + jnp.sqrt(beta**2 + added**2))
+        # The path has no more noise than at its start, in proportion to the data.
+        most = jnp.where(first > 0, alpha * (1 - first) / jnp.where(first > 0, first, 1), jnp.inf)
+        beyond = signal < first
+        added = jnp.where(beyond, jnp.sqrt(jnp.maximum(jnp.where(beyond, most, 0) ** 2 - beta**2, 0)), added)
+        larger = alpha + jnp.sqrt(beta**2 + added**2)
+        # Without noise there is no way back, not by a rounding either.
+        r = jnp.where(added > 0, jnp.minimum(paths.time_at(path, jnp.maximum(alpha / larger, first)), t), t)
+        x_r = clocks.size(path, r) / larger * (x + added * noise(key, x.shape, x.dtype))
+        return make_step(path)(velocity, x_r, r, t + dt - r)
+
+    churned.__name__ = "churn"
+    return DiffusionStep(churned)
+
+
+def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1):
+    """A step, and Langevin dynamics at the time where it ends    (Song et al. 2021, algorithms 2 and 4).
+
+    x + beta_s ((rho - 1) E + sqrt(1 - rho^2) epsilon),   rho = exp(-rate h), which is (4) of `fmjax.sampling` with
+    sigma^2 = 2 rate beta_s^2 over a time h, D held. The paper's steps have one size r whatever h, so that their bias, of r^2, stays
+    however many there are; here rate h / 2 is r^2, its norms at their expectation, so that no example meets another.
+
+    Args:
+      step: the predictor: `ancestral`, `churn()`, or any other step for `sample_diffusion` that does not remember.
+      rate: how fast noise is renewed, beside what sigma renews.
+      corrections: how many after each step.
+    Returns:
+      A step for `sample_diffusion`, of weak order 1, with one evaluation a correction beside the predictor's.
+    Raises:
+      ValueError: if the rate is not positive or there is no correction.
+      TypeError: if the step is one that remembers.
+    """
+    if isinstance(step, Multistep) or getattr(step, "init", None) is not None:
+        raise TypeError(f"step is {step!r}, which remembers its last values, but a correction changes them: take ancestral or churn().")
+    if not rate > 0 or corrections < 1:
+        raise ValueError(f"rate is {rate} and corrections {corrections}, but a corrector renews noise: both are above 0.")
+
+    def corrected(path, velocity, sigma, key, x, t, dt):
+        split = jax.vmap(functools.partial(jax.random.split, num=1 + corrections)) if key.ndim else None
+        keys = jnp.moveaxis(split(key), 1, 0) if split else jax.random.split(key, 1 + corrections)
+        predict: Any = _bound(step, path, velocity, sigma)
+        x, s = predict(sde_drift(path, velocity, sigma), sigma, keys[0], x, t, dt), t + dt
+        lost = -jnp.expm1(-rate * dt)
+
+        def correct(x, key):
+            expected = targets.convert(path, velocity(x, s), x, s, source=targets.velocity, target=targets.noise)
+            fresh = noise(key, x.shape, x.dtype)
+            return x + path.beta(s) * (jnp.sqrt(lost * (2 - lost)) * fresh - lost * expected), None
+
+        # At data there is nothing to correct, and a velocity may be infinite.
+        return lax.cond(path.beta(s) > 0, lambda x: lax.scan(correct, x, keys[1:])[0], lambda x: x, x)
+
+    corrected.__name__ = "predictor_corrector"
+    return DiffusionStep(corrected)
+
+
+@DiffusionStep
+def tweedie(path, velocity, sigma, key, x, t, dt):
+    """A last step to what the data are expected to be, E[x_1 | x_t], where Tweedie's formula ends    (Efron 2011; SiT's last step)."""
+    return targets.convert(path, velocity(x, t), x, t, source=targets.velocity, target=targets.data)
+
+
+def _bound(step, path, velocity, sigma):
+    """A step of (2) of one that knows the path."""
+    if not isinstance(step, DiffusionStep):
+        return step
+    known = functools.partial(step.step, path, velocity, sigma)
+    if step.init is None:
+        return lambda drift, sigma, key, x, t, dt: known(key, x, t, dt)
+    return Multistep(functools.partial(step.init, path), lambda drift, sigma, key, memory, x, t, dt: known(key, memory, x, t, dt))
+
+
+def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step=ancestral, last=None, save=None, every=1):
+    """Samples a diffusion model: the SDE (3) that has the marginals of a flow, for any sigma_t, along a grid.
+
+    dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    (notes 002, "SDE extension trick"; 004, "Sampling from a Diffusion Model")
+
+    The score follows from the velocity on the path. `diffusion.by_noise(path)` is a good sigma: it goes with the noise that is left. A
+    constant one asks for more and more near data; `ancestral` follows it safely there, `euler_maruyama` multiplies what the network
+    gets wrong by sigma^2 / (2 beta), so give that a grid whose steps shrink towards data, `times.quadratic(times.grid(n))`, and see.
+    Outside `jax.jit` each call compiles anew.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      velocity: (x, t) -> u_t(x), like x; t is a scalar here. Another prediction is one after `targets.convert_field`.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0. `fmjax.diffusion` has choices.
+      key: a typed key; or one an example, (B,), of which example i then depends on the i-th alone.
+      x_0: noise, (B, ...), any float dtype; the state is float32 or wider.
+      times: an increasing grid in [0, 1], (n + 1,).
+      step: `ancestral`, `sde_dpm_solver_pp`, `churn()`, `predictor_corrector()` or a `DiffusionStep` of yours; or a step for any SDE, of
+        the drift that is made here: `euler_maruyama`, `stochastic_heun`.
+      last: the last step where it is another one, as `step`: `mean`, `tweedie`.
+      save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
+      every: keep only every so many states, a divisor of the number of steps without the last one.
+    Returns:
+      x_1, like x_0, and what was saved, as `sample_sde` gives them.
+    Raises:
+      TypeError: if x_0 is not of floats, the key is not typed, or the step is of another kind.
+      ValueError: if the grid does not increase or leaves the path, the keys are neither one nor one an example, the velocity's output has
+        another shape than x, a known end of the grid is one at which the step would meet an infinite drift or sigma, a step that
+        remembers needs more steps than there are, or `every` does not divide their number.
+    """
+    paths.check_path(path)
+    x_0, sigma, velocity = paths.check_batch("x_0", x_0), coefficient(sigma), like_state(velocity)
+    times = check_times(times, jnp.promote_types(x_0.dtype, jnp.float32))
+    check_range(times)
+    drift = like_state(sde_drift(path, velocity, sigma))
+    bound, bound_last = (each if each is None else _bound(each, path, velocity, sigma) for each in (step, last))
+    check_sde(key, x_0, bound, bound_last)
+    if isinstance(step, DiffusionStep):
+        check_ends(velocity, x_0.astype(times.dtype), times, (0,))
+    else:
+        check_drift(drift, sigma, x_0, times, step, last if last is None else bound_last)
+    return follow_sde(drift, sigma, key, x_0, times, bound, bound_last, save, every)

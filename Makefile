@@ -8,7 +8,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-parallel tpu-aot gpu-aot env lock clean
+.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-parallel gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,11 @@ bench-train: $(READY)  ## the train step of DiT-{S,B,L,XL}/{2,4,8}: ARGS="--mode
 
 bench-parallel: $(READY)  ## what the loop, the ways and the checkpoints cost
 	$(RUN) -m benchmarks.parallel $(ARGS)
+
+gpu:  ## what only a GPU can say, on a machine without a network whose PYTHON has jax for CUDA: into results/gpu/
+	$(PYTHON) -m benchmarks.train_step --model DiT-XL/2 --out results/gpu/train_step.jsonl
+	$(PYTHON) -m benchmarks.images --out results/gpu/images.jsonl
+	$(PYTHON) -m experiments.fashion_mnist lab-unet --results results/gpu/fashion_mnist.json $(ARGS)
 
 tpu-aot: .venv.tpu/ready  ## compiles train steps for real TPUs without one: memory, collectives, an estimate of the step
 	.venv.tpu/bin/python -m benchmarks.aot $(ARGS)

@@ -91,12 +91,13 @@ def describe():
 
 
 def commit():
-    """The checkout's commit, with -dirty where files differ from it."""
+    """The checkout's commit, with -dirty where files differ from it; a copy without its history has it from $COMMIT."""
 
     def git(*arguments):
         return subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    return (git("rev-parse", "--short", "--verify", "HEAD") or "none") + ("-dirty" if git("status", "--porcelain") else "")
+    known = git("rev-parse", "--short", "--verify", "HEAD") or os.environ.get("COMMIT", "none")
+    return known + ("-dirty" if git("status", "--porcelain") else "")
 
 
 def finish(row, where):

@@ -13,13 +13,17 @@ once by the caller, so that a trajectory has one integrand from end to end and a
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from fmjax import paths, sampling
+from fmjax.sampling import scan
 
 
 class Density(NamedTuple):
@@ -120,7 +124,7 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=samp
       A `Density`, whose x is x_0, the noise that the data come from.
     Raises:
       TypeError: if x_1 is not of floats.
-      ValueError: if the grid does not increase, or probes do not have x's shape.
+      ValueError: if the grid does not increase, probes do not have x's shape, or a trace or log_density_0 is not one per example.
     """
     backwards, times = sampling.reverse(field, times)
 
@@ -129,7 +133,7 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=samp
         return u, -trace
 
     x_0, integral = _integrate(backwards, rate, x_1, times, step)
-    return _density(log_density_0(x_0), integral, x_0.astype(jnp.asarray(x_1).dtype))
+    return _density(_log_density_0(log_density_0, x_0), integral, x_0.astype(jnp.asarray(x_1).dtype))
 
 
 def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.rk4):
@@ -146,15 +150,15 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.
       A `Density`, whose x is x_1.
     Raises:
       TypeError: if x_0 is not of floats.
-      ValueError: if the grid does not increase, or probes do not have x's shape.
+      ValueError: if the grid does not increase, probes do not have x's shape, or a trace or log_density_0 is not one per example.
     """
     x_1, integral = _integrate(field, divergence, x_0, times, step)
-    return _density(log_density_0(x_0), integral, x_1.astype(jnp.asarray(x_0).dtype))
+    return _density(_log_density_0(log_density_0, x_0), integral, x_1.astype(jnp.asarray(x_0).dtype))
 
 
 def normal(x):
     """The standard normal log density of each example, (B,)."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _examples(x)
     return -(x**2 + jnp.log(2 * jnp.pi)).reshape(x.shape[0], -1).sum(-1) / 2
 
 
@@ -167,8 +171,14 @@ def dequantize(key, x, width):
       width: between two levels: 2 / 255 where 0 to 255 became -1 to 1.
     Returns:
       Data, like x.
+    Raises:
+      TypeError: if the key is not typed, or x is not of floats.
+      ValueError: if width is not one positive number.
     """
-    return x + width * (jax.random.uniform(key, x.shape, x.dtype) - 0.5)
+    scan.check_key(key)
+    x = paths.check_float("x", x)
+    _check_width(width)
+    return x + jnp.asarray(width, x.dtype) * (jax.random.uniform(key, x.shape, x.dtype) - 0.5)
 
 
 def bits_per_dimension(log_p, shape, width):
@@ -182,17 +192,53 @@ def bits_per_dimension(log_p, shape, width):
       width: between two levels.
     Returns:
       Bits, like log_p.
+    Raises:
+      ValueError: if shape is not of positive whole numbers, or width not one positive number.
     """
+    _check_width(width)
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
+        raise ValueError(f"shape is {shape!r}, but it is the shape of one example, whole numbers of at least 1: give x.shape[1:].")
     return -log_p / (math.prod(shape) * jnp.log(2)) - jnp.log2(width)
+
+
+def _check_width(width):
+    """Raises unless the width between levels is one positive number."""
+    dtype = np.dtype(type(width)) if isinstance(width, int | float) else getattr(width, "dtype", np.dtype(object))
+    number = (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)) and not jnp.ndim(width)
+    if not number or (not isinstance(width, Tracer) and not 0 < float(width) < math.inf):
+        raise ValueError(f"width is {width!r}, but it is one positive number, the step between two levels: 2 / 255 for images in [-1, 1].")
+
+
+def _examples(x):
+    """Examples in float32 or wider: a density is a sum over many dimensions, of which half precision would keep two or three digits."""
+    x = paths.check_float("x", x)
+    if not x.ndim:
+        raise ValueError("x has shape (), but arrays are batch first, (B, ...): for one example give x[None].")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _log_density_0(log_density_0, x):
+    """The density of the noise of each example, checked."""
+    value = jnp.asarray(log_density_0(x))
+    if jnp.shape(value) != x.shape[:1]:
+        raise ValueError(
+            f"log_density_0 gives shape {jnp.shape(value)}, but it is one number per example, {x.shape[:1]}: sum over the axes of one "
+            "example, as .sum(-1) does for vectors, or take [:, 0] of one column."
+        )
+    return value
 
 
 def _integrate(field, divergence, x, times, step):
     """The end of the trajectories, and the integral of the divergence along them: one state with a column more, or k."""
-    x = paths.check_float("x", x)
+    x = _examples(x)
     shape = x.shape
-    # The integral is a sum of many dimensions, of which half precision would keep two or three digits; so is the density at the end.
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    columns = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, jnp.asarray(times)[0]).shape[1:]
+    traces = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, jnp.asarray(times)[0]).shape
+    if traces[:1] != shape[:1] or len(traces) > 2 or 0 in traces[1:]:
+        raise ValueError(
+            f"The divergence gives a trace of shape {traces}, but it is one number per example, {shape[:1]}, or one per probe, "
+            f"({shape[0]}, k): sum over the axes of one example."
+        )
+    columns = traces[1:]
     count = math.prod(columns)
 
     def both(z, t):
@@ -216,6 +262,9 @@ def _density(log_p_0, integral, x):
 
 def _probes(name, probes, x):
     """Probes in x's dtype, checked."""
+    probes = paths.check_float(name, probes)
+    if 0 in probes.shape:
+        raise ValueError(f"{name} has shape {probes.shape}, but an estimate needs at least one probe.")
     if probes.ndim != x.ndim + 1 or (probes.shape[0], *probes.shape[2:]) != x.shape:
         wanted = ", ".join(map(str, (x.shape[0], "k", *x.shape[1:])))
         raise ValueError(f"{name} has shape {probes.shape}, but for x of shape {x.shape} it must be ({wanted}): k probes an example.")

@@ -31,14 +31,16 @@ class GaussianMixture:
     """sum_k weights_k N(means_k, scales_k^2)."""
 
     weights: jax.Array
-    """Probabilities, (K,)."""
+    """In proportion to probabilities, (K,)."""
     means: jax.Array
     """(K, ...)."""
     scales: jax.Array
-    """Standard deviations: one for all (), one a component (K,), or one a coordinate (K, ...)."""
+    """Standard deviations, at least 0: one for all (), one per component (K,), or one per coordinate (K, ...)."""
 
     def sample(self, key, n):
         """n draws, (n, ...)."""
+        _check_data(self)
+        _check_count(n)
         key_component, key_noise = jax.random.split(key)
         means = jnp.asarray(self.means)
         component = jax.random.categorical(key_component, jnp.log(jnp.asarray(self.weights)), shape=(n,))
@@ -56,7 +58,50 @@ class Empirical:
 
     def sample(self, key, n):
         """n draws with replacement, (n, ...)."""
+        _check_data(self)
+        _check_count(n)
         return jax.random.choice(key, jnp.asarray(self.points), (n,))
+
+
+def _check_count(n):
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"n is {n!r}, but it is how many draws are made: a whole number, at least 1.")
+
+
+def _check_data(distribution):
+    """Raises unless a distribution's shapes go together, and its numbers are good wherever they are known.
+
+    Here and not where it is made, since JAX rebuilds pytrees from objects that are no arrays.
+    """
+    # Evaluated now, also inside `jit`, and where the numbers are, since a training set is large.
+    with jax.ensure_compile_time_eval():
+        parts = {field.name: jnp.asarray(getattr(distribution, field.name)) for field in dataclasses.fields(distribution)}
+        if isinstance(distribution, Empirical):
+            if not parts["points"].ndim or not parts["points"].size:
+                raise ValueError(f"points has shape {parts['points'].shape}, but a finite set has at least one point, (N, ...).")
+        else:
+            paths.check_float("means", parts["means"])
+            weights, means, scales = parts["weights"].shape, parts["means"].shape, parts["scales"].shape
+            fits = len(scales) in (0, 1, len(means)) and all(size in (1, full) for size, full in zip(scales, means, strict=False))
+            if len(weights) != 1 or weights != means[:1] or 0 in means or not fits:
+                raise ValueError(
+                    f"weights has shape {weights}, means {means} and scales {scales}, but a mixture has K weights, (K,), at least one, as "
+                    "many means, (K, ...), and one scale for all, (), one per component, (K,), or one per coordinate, like the means."
+                )
+            for name in ("weights", "scales"):
+                if jnp.issubdtype(parts[name].dtype, jnp.complexfloating):
+                    raise TypeError(f"{name} has dtype {parts[name].dtype}, but they are real numbers: give its .real.")
+        for name, part in parts.items():
+            if isinstance(part, Tracer):
+                continue
+            if not jnp.isfinite(part).all():
+                raise ValueError(f"{name} has numbers that are not finite, but all must be: look for what made them.")
+            if name in ("weights", "scales") and (part < 0).any():
+                least = f"the least {part.min():g}, but they are at least 0"
+                raise ValueError(f"{name} has negative numbers, {least}: give the exponential of logarithms.")
+            if name == "weights" and not 0 < part.sum() < jnp.inf:
+                cure = "give at least one above 0, and numbers whose sum is finite"
+                raise ValueError(f"weights sum to {part.sum():g}, but they are in proportion to probabilities: {cure}.")
 
 
 def _scales(mixture):
@@ -69,14 +114,15 @@ def _scales(mixture):
 
 def _components(distribution):
     """Log weights (K,), means (K, D) and scales (K, 1) or (K, D)."""
+    _check_data(distribution)
     if isinstance(distribution, Empirical):
-        means = jnp.asarray(distribution.points)
+        means = paths.check_float("points", distribution.points)
         log_weights, scales = jnp.full(len(means), -jnp.log(len(means)), means.dtype), jnp.zeros((len(means), 1), means.dtype)
     else:
         means, weights = jnp.asarray(distribution.means), jnp.asarray(distribution.weights)
         log_weights = jnp.log(weights / weights.sum())
         scales = _scales(distribution).reshape(len(means), -1)
-    return log_weights, paths.check_float("means", means).reshape(len(means), -1), scales
+    return log_weights, means.reshape(len(means), -1), scales
 
 
 # Arrays of (batch, block, dimension) hold at most this many numbers, 32 MiB of float32.

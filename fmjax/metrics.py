@@ -10,6 +10,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fmjax.sampling import scan
+
+
+def _samples(name, points):
+    """Samples, on the host where their values are known, and of no sharding where they are not: distances pair all of x with all of y.
+
+    Raises unless they are real numbers, finite wherever they are known: a distance of others may be a plausible number.
+    """
+    points = points if isinstance(points, jax.Array) else np.asarray(points)
+    if not (points.dtype == bool or jnp.issubdtype(points.dtype, jnp.integer) or jnp.issubdtype(points.dtype, jnp.floating)):
+        raise TypeError(f"{name} has dtype {points.dtype}, but samples are real numbers: give the images or features as floats.")
+    if isinstance(points, Tracer):
+        mesh = jax.typeof(points).sharding.mesh
+        explicit = AxisType.Explicit in mesh.axis_types
+        return jax.sharding.reshard(points, NamedSharding(mesh, PartitionSpec())) if explicit else points
+    if isinstance(points, jax.Array) and not points.is_fully_addressable:
+        points = multihost_utils.process_allgather(points, tiled=True)
+    points = np.asarray(points)
+    finite = np.isfinite(points).all(tuple(range(1, points.ndim)))
+    if not finite.all():
+        raise ValueError(
+            f"{name} has {(~finite).sum()} of {finite.size} samples that are not finite, the first at index {np.argmin(finite)}, but a "
+            "distance is one of finite samples: find what made them, or drop them and report how many."
+        )
+    return points
 
 
 def _vectors(points):
@@ -24,9 +53,12 @@ def _vectors_on_host(points):
 
 def _pair(x, y, vectors=_vectors):
     """Two sets of vectors of one length."""
-    x, y = vectors(x), vectors(y)
-    if x.ndim < 2 or y.ndim < 2 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
-        raise ValueError(f"Two sets of samples are (N, ...) and (M, ...) with the same (...), got {x.shape} and {y.shape}.")
+    x, y = vectors(_samples("x", x)), vectors(_samples("y", y))
+    if x.ndim < 2 or y.ndim < 2 or x.shape[1:] != y.shape[1:] or 0 in x.shape or 0 in y.shape:
+        raise ValueError(
+            f"Two sets of samples are (N, ...) and (M, ...) with the same (...), none of them 0, got {x.shape} and {y.shape}: for sets of "
+            "numbers give x[:, None] and y[:, None]."
+        )
     return x.reshape(len(x), -1), y.reshape(len(y), -1)
 
 
@@ -42,7 +74,8 @@ def wasserstein(x, y):
       W_2, a float.
     Raises:
       ImportError: if POT is not installed (`pip install fmjax[metrics]`).
-      ValueError: if the points differ in shape.
+      TypeError: if the points are not real numbers.
+      ValueError: if the points differ in shape, or one is not finite.
     """
     try:
         import ot
@@ -51,10 +84,11 @@ def wasserstein(x, y):
     x, y = _pair(x, y, _vectors_on_host)
     # About the origin, since the squared distances are computed from squared norms.
     centre = y.mean(0)
-    return float(np.sqrt(ot.emd2([], [], ot.dist(x - centre, y - centre), numItermax=10_000_000)))
+    # Rounded squared distances may be a little below zero where points are equal.
+    return float(np.sqrt(max(ot.emd2([], [], ot.dist(x - centre, y - centre), numItermax=10_000_000), 0)))
 
 
-def sliced_wasserstein(key, x, y, projections=128):
+def sliced_wasserstein(key, x, y, projections: int | np.integer = 128):
     """The sliced Wasserstein distance SW_2, over random directions    (2) (Bonneel et al. 2015).
 
     Args:
@@ -65,10 +99,14 @@ def sliced_wasserstein(key, x, y, projections=128):
     Returns:
       SW_2, a scalar.
     Raises:
-      ValueError: if the points differ in shape.
+      TypeError: if the key is not typed, or the points are not real numbers.
+      ValueError: if projections is not a whole number of at least 1, or the points differ in shape, or one is not finite.
     """
+    if isinstance(projections, bool) or not isinstance(projections, int | np.integer) or projections < 1:
+        raise ValueError(f"projections is {projections!r}, but it is how many directions are drawn: a whole number, at least 1.")
+    scan.check_key(key)
     x, y = _pair(x, y)
-    directions = jax.random.normal(key, (x.shape[1], projections), x.dtype)
+    directions = jax.random.normal(key, (x.shape[1], int(projections)), x.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=0, keepdims=True)
     x, y = jnp.sort(x @ directions, axis=0), jnp.sort(y @ directions, axis=0)
     # Both quantile functions are constant between the levels i / N and j / M: integrate over those intervals.
@@ -88,7 +126,8 @@ def energy_distance(x, y):
     Returns:
       ED, a scalar at least 0; 0 only for equal distributions.
     Raises:
-      ValueError: if the points differ in shape.
+      TypeError: if the points are not real numbers.
+      ValueError: if the points differ in shape, or one is not finite.
     """
     x, y = _pair(x, y)
 
@@ -107,7 +146,8 @@ def nearest_distance(x, y):
     Returns:
       (N,).
     Raises:
-      ValueError: if the points differ in shape.
+      TypeError: if the points are not real numbers.
+      ValueError: if the points differ in shape, or one is not finite.
     """
     x, y = _pair(x, y)
     return lax.map(lambda point: jnp.sqrt(((y - point[None]) ** 2).sum(-1).min()), x, batch_size=64)
@@ -124,7 +164,8 @@ def frechet_distance(x, y):
     Returns:
       FD, a float, a squared distance.
     Raises:
-      ValueError: if the features differ in shape, or a set has fewer than two.
+      TypeError: if the features are not real numbers.
+      ValueError: if they differ in shape, or one is not finite, or a set has fewer than two.
     """
     x, y = _pair(x, y, _vectors_on_host)
     if min(len(x), len(y)) < 2:
@@ -135,4 +176,5 @@ def frechet_distance(x, y):
     values, vectors = np.linalg.eigh(cov_x)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_y @ root), 0)).sum()
-    return float(((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * cross)
+    # Rounding leaves a little on either side of zero where the sets are equal.
+    return max(float(((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * cross), 0.0)

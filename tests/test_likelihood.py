@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -183,3 +184,90 @@ def test_half_precision_keeps_the_density_in_float32(key):
         for x in (many, many.astype(jnp.float32))
     )
     np.testing.assert_array_equal(halved.log_p, single.log_p)
+
+
+def times_two(x, t):
+    return 2 * x
+
+
+def divergence_of(*shape):
+    return lambda field, x, t: (field(x, t), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 3), (4, 1), (3, 0), (3, 2, 1)])
+def test_a_trace_is_one_per_example_or_per_probe(shape):
+    for function in (likelihood.log_density, likelihood.sample):
+        with pytest.raises(
+            ValueError, match=rf"trace of shape {re.escape(str(shape))}, but it is one number per example, \(3,\), or .*\(3, k\)"
+        ):
+            function(times_two, likelihood.normal, jnp.ones((3, 2)), times.grid(2), divergence=divergence_of(*shape))
+
+
+def test_a_column_of_traces_is_one_probe():
+    x = jnp.ones((3, 2))
+    one, column = (
+        likelihood.log_density(times_two, likelihood.normal, x, times.grid(2), divergence=divergence_of(*shape)) for shape in ((3,), (3, 1))
+    )
+    np.testing.assert_allclose(column.log_p, one.log_p, rtol=1e-6)
+    assert np.isnan(column.standard_error).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (), (1,), (3, 2)])
+def test_the_density_of_noise_is_one_per_example(shape):
+    for function in (likelihood.log_density, likelihood.sample):
+        with pytest.raises(ValueError, match=rf"log_density_0 gives shape {re.escape(str(shape))}, .* \(3,\): .*\.sum\(-1\).*\[:, 0\]"):
+            function(times_two, lambda x: jnp.ones(shape), jnp.ones((3, 2)), times.grid(2))
+        listed = function(times_two, lambda x: [0.0, 1.0, 2.0], jnp.ones((3, 2)), times.grid(2)).log_p
+        np.testing.assert_allclose(np.diff(listed), 1, rtol=1e-5)
+
+
+BAD_WIDTHS = [np.ones(2), [0.1], 0, -0.1, np.nan, np.inf, None, True, "0.1", np.str_("0.1"), 1j, np.complex64(1), jnp.complex64(1)]
+
+
+@pytest.mark.parametrize("width", BAD_WIDTHS, ids=repr)
+def test_a_width_is_one_positive_number(width, key):
+    for function in (
+        lambda: likelihood.dequantize(key, jnp.ones((2, 2)), width),
+        lambda: likelihood.bits_per_dimension(jnp.ones(2), (2,), width),
+    ):
+        with pytest.raises(ValueError, match=r"width is .*, but it is one positive number, the step between two levels"):
+            function()
+
+
+@pytest.mark.parametrize("width", [0.5, np.float64(0.5), jnp.bfloat16(0.5), jnp.array(0.5)], ids=repr)
+def test_dequantized_data_are_like_x(width, key):
+    x = jnp.ones((4, 2), jnp.bfloat16)
+    spread = jax.jit(likelihood.dequantize)(key, x, width)
+    np.testing.assert_array_equal(spread, likelihood.dequantize(key, x, width))
+    assert spread.dtype == x.dtype
+    assert np.abs(spread - x).max() <= 0.25
+    with pytest.raises(TypeError, match="x has dtype uint8"):
+        likelihood.dequantize(key, jnp.ones((4, 2), jnp.uint8), width)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (-1,), (2.0,), 5, None, "28"], ids=repr)
+def test_the_shape_of_an_example_is_of_whole_numbers(shape):
+    with pytest.raises(ValueError, match=r"shape is .*, but it is the shape of one example, .* give x\.shape\[1:\]"):
+        likelihood.bits_per_dimension(jnp.ones(2), shape, 0.1)
+
+
+def test_probes_are_at_least_one_of_floats():
+    x = jnp.ones((3, 2))
+    for divergence in (likelihood.hutchinson, lambda probes: likelihood.hutch_plus_plus(probes, jnp.ones((3, 1, 2)))):
+        name = "probes" if divergence is likelihood.hutchinson else "sketch"
+        with pytest.raises(ValueError, match=rf"{name} has shape \(3, 0, 2\), but an estimate needs at least one probe"):
+            divergence(jnp.ones((3, 0, 2)))(times_two, x, 0.5)
+        with pytest.raises(TypeError, match=f"{name} has dtype int32"):
+            divergence(jnp.ones((3, 4, 2), int))(times_two, x, 0.5)
+        with pytest.raises(ValueError, match=rf"{name} has shape \(\), but for x of shape \(3, 2\)"):
+            divergence(1.0)(times_two, x, 0.5)
+    np.testing.assert_allclose(likelihood.hutchinson(np.ones((3, 1, 2)).tolist())(times_two, x, 0.5)[1], 4.0)
+
+
+def test_the_normal_density_is_of_examples_of_floats():
+    np.testing.assert_allclose(likelihood.normal(np.array([0.0, 1.0])), np.array([0.0, -0.5]) - np.log(2 * np.pi) / 2, rtol=1e-6)
+    with pytest.raises(TypeError, match="x has dtype int32"):
+        likelihood.normal(jnp.ones((3, 2), int))
+    for function in (likelihood.normal, lambda x: likelihood.log_density(times_two, likelihood.normal, x, times.grid(2))):
+        with pytest.raises(ValueError, match=r"x has shape \(\), but arrays are batch first, .* x\[None\]"):
+            function(1.0)

@@ -1,5 +1,7 @@
 """Marginals: the oracle itself, against brute force, automatic derivatives and the equations it must solve."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,3 +165,93 @@ def test_bad_input_is_named():
         field(jnp.zeros((4, 2)), jnp.zeros(3))
     with pytest.raises(TypeError, match="x has dtype int32"):
         field(jnp.zeros((4, 2), int), 0.5)
+
+
+def gaussians(weights: Any = (0.5, 0.5), means: Any = ((1.0, 0.0), (-1.0, 0.5)), scales: Any = 0.7):
+    return marginals.GaussianMixture(*map(jnp.asarray, (weights, means, scales)))
+
+
+BAD_DATA = {
+    "three weights": (
+        lambda: gaussians(np.ones(3)),
+        ValueError,
+        r"weights has shape \(3,\), means \(2, 2\) and scales \(\), but .* K weights",
+    ),
+    "no axis of weights": (lambda: gaussians(1.0), ValueError, r"weights has shape \(\)"),
+    "three scales": (lambda: gaussians(scales=np.ones(3)), ValueError, r"scales \(3,\), but .* one per component"),
+    "scales of other coordinates": (lambda: gaussians(scales=np.ones((2, 3))), ValueError, r"scales \(2, 3\)"),
+    "numbers": (lambda: gaussians(np.ones(3), np.ones(2), np.ones(2)), ValueError, r"weights has shape \(3,\), means \(2,\)"),
+    "negative weight": (lambda: gaussians((-1.0, 2.0)), ValueError, "weights has negative numbers, the least -1, .* at least 0"),
+    "NaN weight": (lambda: gaussians((np.nan, 2.0)), ValueError, "weights has numbers that are not finite"),
+    "no weight": (lambda: gaussians((0.0, 0.0)), ValueError, "weights sum to 0, .* at least one above 0"),
+    "weights too large": (lambda: gaussians((3e38, 3e38)), ValueError, "weights sum to inf, .* whose sum is finite"),
+    "complex weights": (lambda: gaussians((1j, 1.0)), TypeError, "weights has dtype complex64, but they are real numbers"),
+    "complex scale": (lambda: gaussians(scales=0.1 + 0j), TypeError, "scales has dtype complex64"),
+    "no components": (lambda: gaussians(np.ones(0), np.ones((0, 2))), ValueError, r"weights has shape \(0,\), .* at least one"),
+    "no coordinates": (lambda: gaussians(means=np.ones((2, 0))), ValueError, r"weights has shape \(2,\), means \(2, 0\)"),
+    "negative scale": (lambda: gaussians(scales=-0.1), ValueError, "scales has negative numbers, the least -0.1"),
+    "infinite scale": (lambda: gaussians(scales=np.inf), ValueError, "scales has numbers that are not finite"),
+    "NaN mean": (lambda: gaussians(means=np.full((2, 2), np.nan)), ValueError, "means has numbers that are not finite"),
+    "whole means": (lambda: gaussians(means=np.ones((2, 2), int)), TypeError, "means has dtype int32"),
+    "no points": (lambda: marginals.Empirical(jnp.ones((0, 2))), ValueError, r"points has shape \(0, 2\), but .* at least one point"),
+    "one number": (lambda: marginals.Empirical(jnp.array(1.0)), ValueError, r"points has shape \(\)"),
+    "NaN point": (lambda: marginals.Empirical(jnp.array([[1.0, np.nan]])), ValueError, "points has numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_are_named(make, error, message, key):
+    data, x = make(), jnp.zeros((3, 2))
+    with pytest.raises(error, match=message):
+        data.sample(key, 2)
+    for quantity in (marginals.velocity, marginals.score, marginals.log_density):
+        with pytest.raises(error, match=message):
+            quantity(paths.Linear(), data)(x, 0.5)
+        # Known inside `jit` too; where they are not, shapes are.
+        with pytest.raises(error, match=message):
+            jax.jit(quantity(paths.Linear(), data))(x, 0.5)
+        if "shape" in message:
+            with pytest.raises(error, match=message):
+                jax.jit(lambda data, quantity=quantity: quantity(paths.Linear(), data)(x, 0.5))(data)
+
+
+def test_whole_points_are_named():
+    with pytest.raises(TypeError, match="points has dtype int32"):
+        marginals.score(paths.Linear(), marginals.Empirical(jnp.ones((3, 2), int)))(jnp.zeros((3, 2)), 0.5)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, None, True])
+def test_draws_are_counted(n, key):
+    for data in (mixture(), marginals.Empirical(jnp.ones((3, 2)))):
+        with pytest.raises(ValueError, match=f"n is {n!r}, but it is how many draws are made: a whole number, at least 1"):
+            data.sample(key, n)
+
+
+def test_weights_are_proportions(key):
+    x, whole, parts = jax.random.normal(key, (5, 2)), gaussians((3.0, 1.0)), gaussians((0.75, 0.25))
+    np.testing.assert_array_equal(whole.sample(key, 100), parts.sample(key, 100))
+    for quantity in (marginals.velocity, marginals.score, marginals.log_density):
+        np.testing.assert_allclose(quantity(paths.Linear(), whole)(x, 0.5), quantity(paths.Linear(), parts)(x, 0.5), rtol=1e-6)
+
+
+def test_scales_of_zero_are_points(key):
+    x, means, points = jax.random.normal(key, (5, 2)), jnp.array([[1.0, 0.0], [-1.0, 0.5]]), gaussians(scales=0.0)
+    assert (points.sample(key, 20)[:, None] == means[None]).all(-1).any(1).all()
+    for quantity in (marginals.velocity, marginals.score, marginals.log_density):
+        expected = quantity(paths.Linear(), marginals.Empirical(means))(x, 0.5)
+        np.testing.assert_allclose(quantity(paths.Linear(), points)(x, 0.5), expected, rtol=1e-5)
+
+
+def test_numbers_that_are_not_known_make_a_mixture():
+    """Mapped, differentiated and compiled, alone and beside numbers that are known, of NumPy or in lists."""
+    x = jnp.zeros((3, 2))
+
+    def total(weight):
+        parts: list[Any] = [[weight, 1 - weight], np.array([[1.0, 0.0], [-1.0, 0.5]], np.float32), [0.5, weight]]
+        data = marginals.GaussianMixture(*parts)
+        return marginals.velocity(paths.Linear(), data)(x, 0.5).sum()
+
+    expected, slope = jax.value_and_grad(total)(0.3)
+    np.testing.assert_allclose(jax.jit(total)(0.3), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(total)(jnp.array([0.3])), [expected], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(0.3), slope, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import sys
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import linalg
 
 from fmjax import metrics
@@ -24,6 +26,14 @@ METRICS = {
     "frechet_distance": metrics.frechet_distance,
     "nearest_distance": jax.jit(metrics.nearest_distance),
 }
+UNCOMPILED = {
+    "wasserstein": metrics.wasserstein,
+    "sliced_wasserstein": functools.partial(metrics.sliced_wasserstein, KEY, projections=64),
+    "energy_distance": metrics.energy_distance,
+    "frechet_distance": metrics.frechet_distance,
+    "nearest_distance": metrics.nearest_distance,
+}
+COMPILED = ["sliced_wasserstein", "energy_distance", "nearest_distance"]
 DISTANCES = ["wasserstein", "sliced_wasserstein", "energy_distance", "frechet_distance"]
 
 # Few sizes, so that few programs are compiled; the numbers vary with the seed.
@@ -194,8 +204,8 @@ def test_directions_depend_on_the_key_alone():
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize(
     ("shape_x", "shape_y"),
-    [((4, 2), (4, 3)), ((0, 2), (4, 2)), ((4, 2), (0, 2)), ((4,), (4,)), ((4, 2, 1), (4, 2))],
-    ids=["dimensions", "empty x", "empty y", "no dimension", "ranks"],
+    [((4, 2), (4, 3)), ((0, 2), (4, 2)), ((4, 2), (0, 2)), ((4,), (4,)), ((4, 2, 1), (4, 2)), ((), ()), ((4, 0), (4, 0))],
+    ids=["dimensions", "empty x", "empty y", "no dimension", "ranks", "numbers", "empty vectors"],
 )
 def test_sets_that_do_not_compare(name, shape_x, shape_y):
     with pytest.raises(ValueError, match="Two sets of samples") as caught:
@@ -228,3 +238,85 @@ def test_the_host_keeps_float64():
     x = 1e5 + np.random.default_rng(0).normal(size=(50, 2))
     assert abs(metrics.frechet_distance(x, x + np.array([[1e-3, 0]])) - 1e-6) < 1e-8
     assert abs(metrics.wasserstein(x, x + np.array([[1e-3, 0]])) - 1e-3) < 1e-5
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_are_counted(name, bad):
+    """Also in float16, and beside a set whose values are not known inside `jit`: POT alone gives 0.0 for a NaN."""
+    x, y = draw(0, 6, 2, 1), draw(1, 5, 2, 1)
+    y[[2, 4], 0] = bad
+    function = UNCOMPILED[name]
+    message = " has 2 of 5 samples that are not finite, the first at index 2, .* find what made them"
+    with pytest.raises(ValueError, match="y" + message):
+        function(x, y)
+    with pytest.raises(ValueError, match="x" + message):
+        function(jnp.asarray(y, jnp.float16), x)
+    if name in COMPILED:
+        with pytest.raises(ValueError, match="y" + message):
+            jax.jit(lambda x: function(x, y))(x)
+        assert np.shape(jax.jit(function)(x, y)) == np.shape(function(x, x))
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    "bad",
+    [np.ones((3, 2), np.complex64), np.full((3, 2), "a"), np.full((3, 2), None), jax.random.split(KEY, (3, 2))],
+    ids=["complex", "strings", "objects", "keys"],
+)
+def test_samples_that_are_no_real_numbers(name, bad):
+    with pytest.raises(TypeError, match=f"y has dtype {re.escape(str(bad.dtype))}, but samples are real numbers"):
+        UNCOMPILED[name](draw(0, 3, 2), bad)
+    with pytest.raises(TypeError, match="x has dtype"):
+        UNCOMPILED[name](bad, draw(0, 3, 2))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("name", METRICS)
+def test_sets_on_a_mesh(name, axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    x, y = draw(0, 16, 3), draw(1, 8, 3)
+    sharded = [jax.device_put(points, NamedSharding(mesh, PartitionSpec("data"))) for points in (x, y)]
+    functions = [UNCOMPILED[name], METRICS[name]] if name in COMPILED else [UNCOMPILED[name]]
+    for function in functions:
+        for pair in (sharded, (sharded[0], y), (x, sharded[1])):
+            np.testing.assert_allclose(function(*pair), function(x, y), rtol=1e-5)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(METRICS[name](*sharded), METRICS[name](x, y), rtol=1e-5)
+    x[5, 1] = np.nan
+    spoiled = jax.device_put(x, sharded[0].sharding)
+    with pytest.raises(ValueError, match="x has 1 of 16 samples that are not finite, the first at index 5"):
+        UNCOMPILED[name](spoiled, y)
+
+
+def test_inside_shard_map_the_sets_are_those_of_a_device():
+    mesh, spec = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
+    x, y = draw(0, 16, 3), draw(1, 16, 3)
+    each = jax.shard_map(metrics.nearest_distance, mesh=mesh, in_specs=spec, out_specs=spec)(x, y)
+    np.testing.assert_allclose(each[:2], metrics.nearest_distance(x[:2], y[:2]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_no_distance_is_below_zero_from_rounding(name):
+    """Equal sets far from the origin, of equal points, of one point twice, and with fewer points than dimensions."""
+    for x in (1e4 + draw(0, 6, 2), np.full((4, 3), 0.1, np.float32), draw(1, 2, 5), *(draw(seed, 3, 4) for seed in range(2, 12))):
+        assert UNCOMPILED[name](x, x) >= 0
+        assert UNCOMPILED[name](x, x[::-1] + 0) >= 0
+
+
+def test_wasserstein_of_a_cost_below_zero_is_zero(monkeypatch):
+    monkeypatch.setattr("ot.emd2", lambda *_, **__: -1e-17)
+    assert metrics.wasserstein(draw(0, 3, 2), draw(0, 3, 2)) == 0
+
+
+@pytest.mark.parametrize("projections", [-1, 0, 2.5, True, None, "8"])
+def test_projections_are_counted(projections):
+    with pytest.raises(ValueError, match=f"projections is {projections!r}, but it is how many directions are drawn: a whole number"):
+        metrics.sliced_wasserstein(KEY, draw(0, 3, 2), draw(1, 3, 2), projections=projections)
+    assert np.isfinite(metrics.sliced_wasserstein(KEY, draw(0, 3, 2), draw(1, 3, 2), projections=np.int64(3)))
+
+
+@pytest.mark.parametrize(("key", "given"), [(jax.random.PRNGKey(0), "uint32"), (0, "int")], ids=["uint32", "int"])
+def test_keys_are_typed(key, given):
+    with pytest.raises(TypeError, match=rf"key has dtype {given}, but keys are typed: make one with jax.random.key\(seed\)"):
+        metrics.sliced_wasserstein(key, draw(0, 3, 2), draw(1, 3, 2))

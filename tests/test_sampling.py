@@ -264,7 +264,7 @@ def test_bad_input_is_named(key):
         sampling.sample_sde(same, 1.0, 0, x, grid)
     with pytest.raises(TypeError, match=r"keys are typed: make one with jax\.random\.key"):
         sampling.sample_sde(same, 1.0, jax.random.PRNGKey(0), x, grid)
-    with pytest.raises(ValueError, match=r"key has shape \(3,\), but it must be one key, \(\), or one an example, \(4,\)"):
+    with pytest.raises(ValueError, match=r"key has shape \(3,\), but it must be one key, \(\), or one per example, \(4,\)"):
         sampling.sample_sde(same, 1.0, jax.random.split(key, 3), x, grid)
     with pytest.raises(TypeError, match="steps"):
         sampling.sample_ode(same, x, grid, steps=5)

@@ -103,13 +103,14 @@ def mean(drift, sigma, key, x, t, dt):
     return x + dt * drift(x, t)
 
 
-def check_key(key, n):
-    """Raises unless there is one typed key, or one for each of n examples."""
+def check_key(key, n=None):
+    """Raises unless there is one typed key, or where n is given, one for each of n examples."""
     dtype = getattr(key, "dtype", type(key).__name__)
     if not isinstance(key, jax.Array) or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise TypeError(f"key has dtype {dtype}, but keys are typed: make one with jax.random.key(seed).")
-    if key.shape not in ((), (n,)):
-        raise ValueError(f"key has shape {key.shape}, but it must be one key, (), or one an example, {(n,)}.")
+    if key.shape != () and (n is None or key.shape != (n,)):
+        each = "" if n is None else f", or one per example, {(n,)}"
+        raise ValueError(f"key has shape {key.shape}, but it must be one key, (){each}: jax.random.split makes more of one.")
 
 
 def noise(key, shape, dtype=jnp.float32):

@@ -193,6 +193,7 @@ def draw(rows, file):
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     columns, lines = list(dict.fromkeys(row["path"] for row in rows)), list(dict.fromkeys(row.get("sigma") for row in rows))
     size = 1.9 * len(columns) + 1.6, 1.7 * len(lines) + 1.2
@@ -212,6 +213,7 @@ def draw(rows, file):
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.set_ylim(1e-7, 1)
+        axis.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(file, dpi=90)
     plt.close(figure)
 

@@ -28,8 +28,8 @@ def exponent(width):
     Raises:
       ValueError: if there is none for that width.
     """
-    if not 0 < width <= 12**-0.5:
-        raise ValueError(f"The width is {width}, but the average's relative width is in (0, {12**-0.5:.3f}]: 0.05 and 0.1 are common.")
+    if not isinstance(width, int | float | np.number) or not 0 < width <= 12**-0.5:
+        raise ValueError(f"The width is {width!r}, but the average's relative width is in (0, {12**-0.5:.3f}]: 0.05 and 0.1 are common.")
     # (3) squared: sigma^2 (gamma + 2)^2 (gamma + 3) = gamma + 1.
     inverse = width**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
@@ -60,10 +60,16 @@ def post_hoc(snapshots, width, step=None):
     Returns:
       A pytree like the averages.
     Raises:
-      ValueError: if there are no snapshots, or step is not in (0, the last of them].
+      ValueError: if there are no snapshots, one is not a triple, or has other arrays than the first, or step is not in (0, the last
+        of them].
     """
     if not snapshots:
         raise ValueError("There are no snapshots: keep (step, width, average) now and then while training.")
+    for i, snapshot in enumerate(snapshots):
+        if not isinstance(snapshot, tuple | list) or len(snapshot) != 3:
+            raise ValueError(f"Snapshot {i} is a {type(snapshot).__name__}, but each is a triple (step, width, average).")
+        if _shapes(snapshot[2]) != _shapes(snapshots[0][2]):
+            raise ValueError(f"The average of snapshot {i} has other arrays than the first: average parameters of one network.")
     steps, widths, trees = zip(*snapshots, strict=True)
     step = max(steps) if step is None else step
     if not 0 < step <= max(steps) or min(steps) <= 0:
@@ -78,6 +84,11 @@ def post_hoc(snapshots, width, step=None):
         return np.einsum("i,i...->...", weights, np.stack(leaves).astype(np.float64)).astype(leaves[0].dtype)
 
     return jax.tree.map(total, *trees)
+
+
+def _shapes(tree):
+    """The structure of a pytree and the shapes of its arrays."""
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _product(t_a, gamma_a, t_b, gamma_b):

@@ -23,8 +23,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from fmjax import parallel
+from fmjax import parallel, paths
+from fmjax.sampling import scan
+from fmjax.training import check_state
 
+_MARK = "_CHECKPOINT_METADATA"
+"""The file that every checkpoint of Orbax has."""
 SMALLEST_SLICE = 2**20
 """Bytes. Of a larger array that several devices have, each writes a slice, and each is a program to compile, so smaller ones are whole."""
 
@@ -63,7 +67,7 @@ def restore(folder, like):
     Returns:
       A pytree like `like`.
     Raises:
-      FileNotFoundError: if there is no checkpoint in the folder.
+      FileNotFoundError: if there is no checkpoint at the folder, though there may be some in it.
       Damaged: if what is there is not whole.
       ValueError: if it is of another structure than `like`.
       MemoryError: if a device cannot hold its part of `like`.
@@ -72,6 +76,11 @@ def restore(folder, like):
     _put_back(folder)
     if not folder.exists():
         raise FileNotFoundError(f"There is no checkpoint at {folder}: train first, or give the folder of a run.")
+    if not (folder / _MARK).exists() and (inside := _checkpoints_in(folder)):
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint itself, but has {len(inside)} in it: give one of them, such as {inside[-1]}, or go on from the "
+            "last whole one with Series(folder).resume."
+        )
     try:
         saved = _leaves(ocp.metadata(str(folder)).metadata)
     except Exception as error:
@@ -104,11 +113,13 @@ class Series:
       keep: how many of the last are kept.
       best: the name of a number in the rows, such as "loss": the checkpoint with the least is kept too.
     Raises:
+      ValueError: if `keep` is not a whole number of at least 1.
       OSError: if the folder cannot be written to.
     """
 
     def __init__(self, folder, *, keep=3, best=None):
-        self.folder = Path(folder).absolute()
+        paths.check_whole("keep", keep, "how many of the last checkpoints are kept")
+        self.folder, self._best = Path(folder).absolute(), best
         self._require_writable()
         policies: Any = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)]
@@ -143,8 +154,14 @@ class Series:
           row: numbers to keep with it, as `fit` gives them.
           wait: whether to return only when it is written.
         Raises:
+          TypeError: if the state is no `TrainState`, or the key is not typed.
+          ValueError: if the row has not the number that `best` names.
           OSError: if this one, or the one before it, could not be written.
         """
+        check_state(state)
+        scan.check_key(key)
+        if row is not None and self._best is not None and self._best not in row:
+            raise ValueError(f"best is {self._best!r}, but the row has {', '.join(map(repr, row))}: name one of these.")
         step = int(state.step)
         beside: dict[str, Any] = {"key": np.asarray(jax.random.key_data(key)).tolist()}
         if stream is not None:
@@ -177,9 +194,11 @@ class Series:
         Returns:
           The state and the key.
         Raises:
+          TypeError: if the key is not typed.
           Damaged: if there are checkpoints and none is whole.
           ValueError: if the last is of another model.
         """
+        scan.check_key(key)
         checkpoints = self._checkpointer.checkpoints
         for info in reversed(checkpoints):
             folder = self.folder / str(info.step)
@@ -221,6 +240,12 @@ class Series:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+
+def _checkpoints_in(folder):
+    """The checkpoints one or two folders down, those of a series in the order of their steps."""
+    found = [mark.parent for pattern in ("*", "*/*") for mark in folder.glob(f"{pattern}/{_MARK}")]
+    return sorted(found, key=lambda one: (one.parent, int(one.name) if one.name.isdigit() else -1))
 
 
 def _put_back(folder):

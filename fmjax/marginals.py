@@ -40,7 +40,7 @@ class GaussianMixture:
     def sample(self, key, n):
         """n draws, (n, ...)."""
         _check_data(self)
-        _check_count(n)
+        paths.check_whole("n", n, "how many draws are made")
         key_component, key_noise = jax.random.split(key)
         means = jnp.asarray(self.means)
         component = jax.random.categorical(key_component, jnp.log(jnp.asarray(self.weights)), shape=(n,))
@@ -59,13 +59,8 @@ class Empirical:
     def sample(self, key, n):
         """n draws with replacement, (n, ...)."""
         _check_data(self)
-        _check_count(n)
+        paths.check_whole("n", n, "how many draws are made")
         return jax.random.choice(key, jnp.asarray(self.points), (n,))
-
-
-def _check_count(n):
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ValueError(f"n is {n!r}, but it is how many draws are made: a whole number, at least 1.")
 
 
 def _check_data(distribution):

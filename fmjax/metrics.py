@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fmjax import paths
 from fmjax.sampling import scan
 
 
@@ -102,8 +103,7 @@ def sliced_wasserstein(key, x, y, projections: int | np.integer = 128):
       TypeError: if the key is not typed, or the points are not real numbers.
       ValueError: if projections is not a whole number of at least 1, or the points differ in shape, or one is not finite.
     """
-    if isinstance(projections, bool) or not isinstance(projections, int | np.integer) or projections < 1:
-        raise ValueError(f"projections is {projections!r}, but it is how many directions are drawn: a whole number, at least 1.")
+    paths.check_whole("projections", projections, "how many directions are drawn")
     scan.check_key(key)
     x, y = _pair(x, y)
     directions = jax.random.normal(key, (x.shape[1], int(projections)), x.dtype)

@@ -28,7 +28,9 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fmjax.paths import check_whole
 from fmjax.progress import bar
+from fmjax.sampling.scan import check_key
 
 AXIS = "data"
 """The name of the mesh's axis."""
@@ -230,7 +232,10 @@ def pmap(step, mesh):
       mesh: the devices.
     Returns:
       A function of the same arguments: the state is the unreplicated one, the batch is whole, and each device takes its part.
+    Raises:
+      ValueError: of the function, if the devices do not divide the batch, or the step does not average over them.
     """
+    checked = False
     if jax.process_count() > 1:
         everywhere, part = PartitionSpec(), PartitionSpec(AXIS)
         mapped = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, everywhere, part), out_specs=everywhere, check_vma=False)
@@ -245,15 +250,34 @@ def pmap(step, mesh):
         if not leaves:
             raise ValueError("The batch has no arrays, so no device has a part of it: give indices as a batch where there is no data.")
         batch_sharding(mesh, len(leaves[0]))
+        nonlocal checked
+        if not checked:
+            _require_averages(step, mesh.size, state, key, batch)
+            checked = True
         return mapped(state, key, batch)
 
     return run
 
 
+def _require_averages(step, count, state, key, batch):
+    """Raises where what a step gives depends on the part of a device: `jax.pmap` would return the first device's and say nothing."""
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, len(x) // count, *x.shape[1:]), x.dtype), batch)
+    try:
+        jax.eval_shape(jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=AXIS), state, key, part)
+    except ValueError as error:
+        if "out_axes" in str(error):
+            raise ValueError(
+                "The step gives every device a state of its own, since it does not average over the devices: make it with "
+                "make_step(..., axis_name=parallel.AXIS), or average with jax.lax.pmean(..., parallel.AXIS)."
+            ) from error
+        raise
+
+
 def sample(function, key, n, *, chunk, mesh=None, progress=True):
     """Many samples, a chunk that fits the device at a time, in the host's memory.
 
-    Example i depends on the key and on i alone, up to rounding: not on the chunk, nor on the number of devices.
+    Each call compiles the function anew, with the arrays that it closes over as constants: draw all samples in one call. Example i
+    depends on the key and on i alone, up to rounding: not on the chunk, nor on the number of devices.
 
     Args:
       function: (keys (chunk,), indices (chunk,)) -> any pytree of arrays (chunk, ...); compiled once. Labels may come from the
@@ -266,10 +290,12 @@ def sample(function, key, n, *, chunk, mesh=None, progress=True):
     Returns:
       The pytree with NumPy arrays (n, ...), on every process.
     Raises:
-      ValueError: if there is nothing to draw, or the devices do not divide the chunk.
+      TypeError: if the key is not typed.
+      ValueError: if there is nothing to draw, the devices do not divide the chunk, or an array of the function is not (chunk, ...).
     """
-    if n < 1 or chunk < 1:
-        raise ValueError(f"There are {n} samples in chunks of {chunk}, but both are at least 1.")
+    check_whole("n", n, "how many samples are drawn")
+    check_whole("chunk", chunk, "how many samples are drawn at a time")
+    check_key(key)
     sharding = None if mesh is None else batch_sharding(mesh, chunk)
 
     @functools.partial(jax.jit, out_shardings=sharding)
@@ -278,7 +304,15 @@ def sample(function, key, n, *, chunk, mesh=None, progress=True):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         if sharding is not None:
             indices, keys = lax.with_sharding_constraint((indices, keys), sharding)
-        return function(keys, indices)
+        drawn = function(keys, indices)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(drawn):
+            if jnp.shape(leaf)[:1] != (chunk,):
+                name = jax.tree_util.keystr(path)
+                raise ValueError(
+                    f"The function gives {f'{name} of ' if name else ''}shape {jnp.shape(leaf)} for {chunk} keys, but arrays have a row "
+                    f"per key, ({chunk}, ...): map what draws one sample by jax.vmap."
+                )
+        return drawn
 
     samples, waiting = None, None
     starts = range(0, n, chunk)

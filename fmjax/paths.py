@@ -21,6 +21,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -164,6 +165,12 @@ def multiplier(name, value, x):
             f"of shape {(x.shape[0], *(1,) * (x.ndim - 1))} or x's own."
         )
     return value
+
+
+def check_whole(name, value, meaning, least=1):
+    """Raises unless value is a whole number, at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {value!r}, but it is {meaning}: a whole number, at least {least}.")
 
 
 def check_like(name, value, x):

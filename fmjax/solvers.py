@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fmjax import paths, sampling, targets
@@ -160,8 +159,7 @@ _NOISE = _Held(lambda z, at, slope: z - at.data * slope, lambda r: -1 / r.data, 
 
 def _multistep(path, held, order, *, corrected=False, start=None, clock=clocks.identity):
     """(2), and its corrector: the last step again with the new value among the nodes, always or only while starting."""
-    if not isinstance(order, int | np.integer) or order < 1:
-        raise ValueError(f"order is {order!r}, but it is how many values a multistep method uses: a whole number, at least 1.")
+    paths.check_whole("order", order, "how many values a multistep method uses")
     # A value more than the predictor's, for the corrector looks back from the start of its step.
     length = order if corrected or order > 1 else 0
 

@@ -18,12 +18,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from fmjax.paths import check_whole
 from fmjax.progress import bar
+from fmjax.sampling.scan import check_key
 
 
 @jax.tree_util.register_dataclass
@@ -72,10 +75,37 @@ def init(params, optimizer, *, averages=None):
       averages: how many, for a step with a tuple of decays; by default one, which is no tuple.
     Returns:
       A `TrainState` of step 0, whose averages are copies of the parameters.
+    Raises:
+      TypeError: if the optimiser is none of optax.
+      ValueError: if `averages` is not a whole number of at least 1.
     """
+    _check_optimizer(optimizer)
+    if averages is not None:
+        check_whole("averages", averages, "how many averages the state has, as many as the step has decays")
     copies = [jax.tree.map(jnp.copy, params) for _ in range(1 if averages is None else averages)]
     ema = copies[0] if averages is None else tuple(copies)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+
+def check_state(state):
+    """Raises unless a state is one of training, with a step."""
+    if not isinstance(state, TrainState) and not hasattr(state, "step"):
+        raise TypeError(f"The state is a {type(state).__name__}, but training has a TrainState: make one by init(params, optimizer).")
+
+
+def _check_optimizer(optimizer):
+    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
+        raise TypeError(f"optimizer is {optimizer!r}, but it is a gradient transformation of optax, such as optax.adamw(1e-4).")
+
+
+def _check_metrics(metrics):
+    """Raises unless a step's metrics are numbers by name, a loss among them."""
+    if not isinstance(metrics, dict) or "loss" not in metrics:
+        given = f"the keys {sorted(metrics)}" if isinstance(metrics, dict) else f"a {type(metrics).__name__}"
+        raise ValueError(f'The step\'s metrics are {given}, but they are a dict with "loss" in it, which the bar and the rows show.')
+    for name, value in metrics.items():
+        if jnp.shape(value):
+            raise ValueError(f"The step's metric {name!r} has shape {jnp.shape(value)}, but metrics are numbers: take its mean.")
 
 
 def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, accumulate=1):
@@ -95,21 +125,36 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
     Returns:
       (state, key, batch) -> (state, metrics), with metrics `loss` and `grad_norm`, scalars of float32, or float64 where that is enabled.
     Raises:
-      ValueError: if an ema_decay is not in [0, 1), or accumulate is less than 1; of the step, if it does not divide
-        the batch or the state has not as many averages as there are decays.
+      TypeError: if the optimiser is none of optax; of the step, if the state is no `TrainState`.
+      ValueError: if an ema_decay is not in [0, 1), or accumulate is not a whole number of at least 1; of the step, if it does not
+        divide the batch, the loss is not one number, the state has not as many averages as there are decays, or another optimiser made it.
     """
     for decay in ema_decay if isinstance(ema_decay, tuple) else (ema_decay,):
-        if not callable(decay) and not 0 <= decay < 1:
-            raise ValueError(f"ema_decay is {decay}, but it must be in [0, 1): 0 keeps no average, 0.999 is common.")
-    if accumulate < 1:
-        raise ValueError(f"accumulate is {accumulate}, but it is a number of parts: 1 takes the batch at once.")
-    value_and_grad = _accumulated(jax.value_and_grad(loss_fn), accumulate)
+        if not callable(decay) and not (isinstance(decay, int | float | np.number | jax.Array) and 0 <= decay < 1):
+            raise ValueError(
+                f"ema_decay is {decay!r}, but it must be in [0, 1), a function of the step, or a tuple of these: 0 keeps no average, "
+                "0.999 is common."
+            )
+    _check_optimizer(optimizer)
+    check_whole("accumulate", accumulate, "the number of parts of a batch, of which 1 takes it at once")
+
+    def scalar_loss(params, key, batch):
+        loss = loss_fn(params, key, batch)
+        if isinstance(loss, tuple) or jnp.shape(loss):
+            given = f"a tuple of {len(loss)}" if isinstance(loss, tuple) else f"shape {jnp.shape(loss)}"
+            raise ValueError(f"loss_fn gives {given}, but it is one number: take .mean() of the losses, and nothing beside it.")
+        return loss
+
+    value_and_grad = _accumulated(jax.value_and_grad(scalar_loss), accumulate)
 
     def average(decay, ema, params, n):
         d_n: Any = decay(n) if callable(decay) else jnp.minimum(decay, (1 + n) / (10 + n))
         return optax.incremental_update(params, ema, 1 - d_n)
 
     def step(state, key, batch):
+        check_state(state)
+        if jax.tree.structure(state.opt_state) != jax.tree.structure(jax.eval_shape(optimizer.init, state.params)):
+            raise ValueError("The state's opt_state is of another optimiser: make the state by init(params, optimizer) with the step's.")
         if axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
         loss, grads = value_and_grad(state.params, key, batch)
@@ -121,6 +166,9 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
             if not isinstance(state.ema, tuple) or len(state.ema) != len(ema_decay):
                 raise ValueError(f"The step has {len(ema_decay)} decays: make the state by init(..., averages={len(ema_decay)}).")
             ema = tuple(average(decay, ema, params, state.step) for decay, ema in zip(ema_decay, state.ema, strict=True))
+        elif jax.tree.structure(state.ema) != jax.tree.structure(state.params):
+            given = f"{len(state.ema)} averages" if isinstance(state.ema, tuple) else "an average of other parameters"
+            raise ValueError(f"The state has {given}, but the step has one decay: make the state by init(params, optimizer).")
         else:
             ema = average(ema_decay, state.ema, params, state.step)
         grad_norm = optax.tree.norm(grads)
@@ -183,11 +231,18 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
     Raises:
       NonFiniteLoss: if a loss or gradient is not finite, at the end of the row in which it came.
       Preempted: after SIGTERM; it ends the process with status `PREEMPTED` unless it is caught.
-      ValueError: if the batches end before the steps.
+      TypeError: if the state is no `TrainState`, or the key is not typed.
+      ValueError: if the batches end before the steps, `steps` or `every` is not a whole number, or the metrics have no `loss` or more
+        than numbers.
     """
+    check_state(state)
+    check_key(key)
+    check_whole("steps", steps, "the number of steps that the state has at the end", least=0)
+    check_whole("every", every, "the number of steps between two rows")
 
     def take(state, alive, key, batch):
         new, metrics = step(state, jax.random.fold_in(key, state.step), batch)
+        _check_metrics(metrics)
         # After a step that was not finite no other is taken, so that the state is the one before it.
         alive &= jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
         return jax.tree.map(lambda new, old: jnp.where(alive, new, old), new, state), alive, metrics

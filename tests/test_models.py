@@ -229,7 +229,7 @@ def test_times_of_another_shape(name, shape):
 @every_network
 @pytest.mark.parametrize("y", [None, jnp.zeros((), jnp.int32), jnp.zeros(B + 1, jnp.int32), jnp.zeros((B, 1), jnp.int32)])
 def test_labels_missing_or_of_another_shape(name, y):
-    with pytest.raises(ValueError, match="needs one label an example") as caught:
+    with pytest.raises(ValueError, match="needs one label per example") as caught:
         shapes(NETWORKS[name], X, T, y)
     assert ("none" if y is None else str(y.shape)) in str(caught.value)
 

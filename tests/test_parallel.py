@@ -71,9 +71,10 @@ def train(step, state, mesh=None, *, drawn=False, steps=20, order=slice(None)):
 
 
 def step_of(loss, **options):
-    """A step that may be traced once."""
+    """A step that may be traced once, and once more where `pmap` looks at what it averages."""
     chex.clear_trace_counter()
-    return chex.assert_max_traces(training.make_step(loss, options.pop("optimizer", OPTIMIZER), **options), n=1)
+    traces = 2 if "axis_name" in options else 1
+    return chex.assert_max_traces(training.make_step(loss, options.pop("optimizer", OPTIMIZER), **options), n=traces)
 
 
 def assert_close(one, other, tolerance=1e-6):
@@ -351,7 +352,7 @@ def test_many_samples_do_not_depend_on_chunks_or_devices(key, capsys):
 
 
 def test_chunks_that_cannot_be_are_named(key):
-    with pytest.raises(ValueError, match="There are 0 samples in chunks of 4"):
+    with pytest.raises(ValueError, match="n is 0, but it is how many samples are drawn"):
         parallel.sample(lambda keys, i: i, key, 0, chunk=4)
     with pytest.raises(ValueError, match="The batch of 6 does not divide among 4 devices"):
         parallel.sample(lambda keys, i: i, key, 10, chunk=6, mesh=parallel.mesh(4))

@@ -17,6 +17,8 @@ import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
 
+from fmjax import paths
+
 
 def as_matrix(initializer):
     """An initialiser of a convolution's kernel as the matrix from a patch to its features.
@@ -32,11 +34,9 @@ def as_matrix(initializer):
 
 
 def batch_times(t, x):
-    """One time an example, (B,), float32, from a time or one an example."""
-    t = jnp.asarray(t, jnp.float32)
-    if t.shape not in ((), x.shape[:1]):
-        raise ValueError(f"t has shape {t.shape}, but it must be () or one time an example, {x.shape[:1]}, for x of shape {x.shape}.")
-    return jnp.broadcast_to(t, x.shape[:1])
+    """One time per example, (B,), float32, from a time or one per example."""
+    t = paths.lift(t, x)
+    return jnp.broadcast_to(t.reshape(t.shape[:1]), x.shape[:1]).astype(jnp.float32)
 
 
 def _waves(phase):
@@ -126,6 +126,11 @@ class LabelEmbedding(nn.Module):
         y = jnp.asarray(y)
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise TypeError(f"y has dtype {y.dtype}, but labels are integers from 0 to {self.classes} (the last means no class).")
+        if jnp.iinfo(y.dtype).max < self.classes:
+            raise TypeError(
+                f"y has dtype {y.dtype}, which ends at {jnp.iinfo(y.dtype).max}, but labels are 0 to {self.classes} (the last means no "
+                "class): convert it with .astype(jnp.int32) before larger ones wrap around."
+            )
         if not isinstance(y, Tracer) and y.is_fully_addressable:
             wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) > self.classes)]
             if wrong.size:
@@ -144,7 +149,8 @@ def check_labels(classes, y, x):
         )
     if classes is not None and (y is None or jnp.shape(y) != x.shape[:1]):
         given = "none" if y is None else f"shape {jnp.shape(y)}"
-        raise ValueError(f"This network has classes and needs one label an example, y of shape {x.shape[:1]}, got {given}.")
+        cure = f": for one label for all give jnp.full({x.shape[:1]}, y)" if y is not None and jnp.ndim(y) == 0 else ""
+        raise ValueError(f"This network has classes and needs one label per example, y of shape {x.shape[:1]}, got {given}{cure}.")
 
 
 def require_images(x):

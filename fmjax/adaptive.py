@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fmjax import paths
+from fmjax import checks
+from fmjax.sampling import scan
 
 
 class Solution(NamedTuple):
@@ -46,19 +47,27 @@ def sample_ode(field, x_0, *, start=0.0, end=1.0, rtol=1e-4, atol=1e-4, solver=N
     Raises:
       ModuleNotFoundError: if diffrax is not installed.
       TypeError: if x_0 is not of floats.
+      ValueError: if x_0 is no batch, a tolerance is not positive, or an end is not finite.
       RuntimeError: if the steps run out, with how far it came. Inside `jax.jit` nothing can be raised: x is NaN there.
     """
     try:
         diffrax = importlib.import_module("diffrax")
     except ModuleNotFoundError:
         raise ModuleNotFoundError('Adaptive steps are by diffrax, which is not installed: pip install "fmjax[adaptive]".') from None
-    x_0 = paths.check_float("x_0", x_0)
+    x_0 = checks.batch("x_0", x_0)
+    for name, value in (("start", start), ("end", end)):
+        checks.number(name, value, "a time")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        checks.number(name, value, "a tolerance", least=0, above=True)
+    checks.whole("max_steps", max_steps, "how many steps are taken at most")
+    checks.function("field", field, checks.FIELD)
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
+    field = checks.like_state(field)
+    if not isinstance(start, Tracer):
+        scan.check_ends(field, x_0.astype(dtype), np.asarray([start], dtype), (0,))
 
     def slope(t, x, _):
-        value = field(x, t)
-        paths.check_like("The field's output", value, x)
-        return jnp.asarray(value, x.dtype)
+        return field(x, t)
 
     def follow(x):
         solution = diffrax.diffeqsolve(

@@ -23,8 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from fmjax import parallel, paths
-from fmjax.sampling import scan
+from fmjax import checks, parallel
 from fmjax.training import check_state
 
 _MARK = "_CHECKPOINT_METADATA"
@@ -118,7 +117,7 @@ class Series:
     """
 
     def __init__(self, folder, *, keep=3, best=None):
-        paths.check_whole("keep", keep, "how many of the last checkpoints are kept")
+        checks.whole("keep", keep, "how many of the last checkpoints are kept")
         self.folder, self._best = Path(folder).absolute(), best
         self._require_writable()
         policies: Any = ocp.training.preservation_policies
@@ -159,7 +158,7 @@ class Series:
           OSError: if this one, or the one before it, could not be written.
         """
         check_state(state)
-        scan.check_key(key)
+        checks.key(key)
         if row is not None and self._best is not None and self._best not in row:
             raise ValueError(f"best is {self._best!r}, but the row has {', '.join(map(repr, row))}: name one of these.")
         step = int(state.step)
@@ -198,7 +197,7 @@ class Series:
           Damaged: if there are checkpoints and none is whole.
           ValueError: if the last is of another model.
         """
-        scan.check_key(key)
+        checks.key(key)
         checkpoints = self._checkpointer.checkpoints
         for info in reversed(checkpoints):
             folder = self.folder / str(info.step)

@@ -16,7 +16,11 @@ b_t = beta_t^2 alpha'_t / alpha_t - beta_t beta'_t is the notes' (004, "Classifi
 
 import jax.numpy as jnp
 
-from fmjax import targets
+from fmjax import checks, targets
+
+
+def _check_scale(scale):
+    checks.number("scale", scale, "how much noise there is", least=0)
 
 
 def natural(path, scale=1.0):
@@ -28,24 +32,32 @@ def natural(path, scale=1.0):
     Returns:
       sigma, a function of t; infinite where alpha_t = 0, so drifts with it need a grid that starts later.
     """
+    checks.path(path)
+    _check_scale(scale)
     return lambda t: jnp.sqrt(2 * scale * targets.coefficients(path, t, source=targets.score, target=targets.velocity)[1])
 
 
 def by_noise(path, scale=1.0):
     """(2), in proportion to the noise that is left."""
+    checks.path(path)
+    _check_scale(scale)
     return lambda t: scale * path.beta(t)
 
 
 def by_variance(path, scale=1.0):
     """(3), its square in proportion to the noise that is left."""
+    checks.path(path)
+    _check_scale(scale)
     return lambda t: jnp.sqrt(scale * path.beta(t))
 
 
 def decreasing(scale=1.0):
     """(4), falling from noise to data whatever the path."""
+    _check_scale(scale)
     return lambda t: jnp.sqrt(scale) * jnp.cos(jnp.pi / 2 * t) ** 2
 
 
 def bump(scale=1.0):
     """(5), largest in the middle, whatever the path."""
+    _check_scale(scale)
     return lambda t: jnp.sqrt(scale) * jnp.abs(jnp.sin(jnp.pi * t))

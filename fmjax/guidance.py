@@ -17,21 +17,22 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import paths, targets
+from fmjax import checks, paths, targets
 
 
 def _check_scale(scale):
     """Raises unless the scale is a number or numbers, finite wherever they are known."""
-    if isinstance(scale, str) or not jnp.issubdtype(jnp.result_type(scale), jnp.number):
-        raise TypeError(f"The guidance scale is {scale!r}, but it is a number: 1 is no guidance, 3 is common.")
+    checks.real("The guidance scale", scale)
     if not isinstance(scale, Tracer) and not np.all(np.isfinite(scale)):
         raise ValueError(f"The guidance scale is {scale}, but it must be finite: 1 is no guidance, 3 is common.")
 
 
 def _multiplies(guided, unguided, scale):
     """The scale shaped to multiply two values, which are alike."""
-    paths.check_like("The unguided value", unguided, guided)
-    return paths.multiplier("The guidance scale", scale, guided)
+    checks.like("The unguided value", unguided, checks.floats("The guided value", guided))
+    checks.floats("The unguided value", unguided)
+    _check_scale(scale)
+    return checks.multiplier("The guidance scale", scale, guided)
 
 
 def extrapolate(guided, unguided, scale):
@@ -65,6 +66,10 @@ def projected(parallel=0.0, largest=None):
       A way to put two values together, for `classifier_free`.
     """
 
+    checks.number("parallel", parallel, "a share, of which 1 leaves the change as it is")
+    if largest is not None:
+        checks.number("largest", largest, "the norm of the change at most", least=0, above=True)
+
     def combine(guided, unguided, scale):
         scale = _multiplies(guided, unguided, scale)
         difference = guided - unguided
@@ -88,6 +93,8 @@ def rescaled(share=0.7):
       A way to put two values together, for `classifier_free`.
     """
 
+    checks.number("share", share, "how much is brought back", least=0, most=1)
+
     def combine(guided, unguided, scale):
         value = extrapolate(guided, unguided, scale)
         before, after = (jnp.var(each, tuple(range(1, value.ndim)), keepdims=True) for each in (guided, value))
@@ -101,7 +108,7 @@ def rescaled(share=0.7):
 
 def _dot(a, b):
     """Of each example, (B, 1, ..., 1)."""
-    paths.check_batch("The guided value", a)
+    checks.batch("The guided value", a)
     return (a * b).sum(tuple(range(1, a.ndim)), keepdims=True)
 
 
@@ -113,6 +120,10 @@ def _share(a, b):
 
 def _under(field_y, conditions):
     """(x, t) -> the values under several conditions, each one an example, in one batched call."""
+    checks.function("field_y", field_y, "lambda x, t, y: model.apply(params, x, t, y)")
+    for y in conditions:
+        if not y.ndim:
+            raise ValueError("y has shape (), but it holds one condition per example, (B, ...): for one for all give jnp.full((B,), y).")
     # Joined here, not in a sampler's loop, where a network could not see the values of labels and say which is wrong.
     many_y = jnp.concatenate(conditions) if len(conditions) > 1 else conditions[0]
 
@@ -120,13 +131,14 @@ def _under(field_y, conditions):
         for y in conditions:
             if y.shape[:1] != x.shape[:1]:
                 raise ValueError(
-                    f"y has shape {y.shape}, but it must hold one condition an example for x of shape {x.shape}, {x.shape[:1]} or more."
+                    f"y has shape {y.shape}, but it must hold one condition per example for x of shape {x.shape}, {x.shape[:1]} or more."
                 )
         count = len(conditions)
-        if count == 1:
-            return [field_y(x, t, many_y)]
-        many_t = jnp.concatenate([t] * count) if jnp.ndim(t) else t
-        return jnp.split(field_y(jnp.concatenate([x] * count), many_t, many_y), count)
+        many_x = jnp.concatenate([x] * count) if count > 1 else x
+        many_t = jnp.concatenate([t] * count) if count > 1 and jnp.ndim(t) else t
+        value = field_y(many_x, many_t, many_y)
+        checks.like("The field's output", value, many_x)
+        return jnp.split(value, count) if count > 1 else [value]
 
     return values
 
@@ -139,6 +151,11 @@ def _nulls(null, y):
 def _null_like(null, y):
     """The null in y's dtype, which must hold it: cast, 256 is class 0 in uint8, and 0.7 in any integer."""
     given = jnp.asarray(null) if isinstance(null, Tracer) else np.asarray(null)
+    if given.dtype == object or (given.dtype == bool) != (y.dtype == bool):
+        raise TypeError(
+            f"null is {null!r}, but y has dtype {y.dtype}: it is the condition that stands for none, a label such as the number of "
+            "classes, or an array like one example's y."
+        )
     if given.shape not in ((), y.shape[1:], y.shape):
         raise ValueError(f"null has shape {given.shape}, but it is one condition, {y.shape[1:]}, or one per example, {y.shape}.")
     if jnp.issubdtype(y.dtype, jnp.integer):
@@ -148,6 +165,8 @@ def _null_like(null, y):
             held = jnp.iinfo(y.dtype)
             if given.size and (given.min() < held.min or given.max() > held.max):
                 raise ValueError(f"null is {null}, but y has dtype {y.dtype}, which cannot hold it: give y.astype(jnp.int32).")
+    if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given.astype(y.dtype), np.float64)).all():
+        raise ValueError(f"null is {null}, which is not finite in y's dtype, {y.dtype}: give a condition that the network was trained on.")
     return jnp.asarray(given, y.dtype)
 
 
@@ -169,14 +188,14 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate):
       ValueError: if the scale is not finite or has axes other than x's, or y has not one condition an example.
     """
     _check_scale(scale)
+    checks.function("combine", combine, "guidance.zero_star")
     y = jnp.asarray(y)
     plain = not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1
     values = _under(field_y, [y] if plain else [_nulls(null, y), y])
 
     def field(x, t):
         *unguided, guided = values(x, t)
-        paths.check_like("The field's output", guided, x)
-        return guided if plain else combine(guided, *unguided, paths.multiplier("The guidance scale", scale, x))
+        return guided if plain else combine(guided, *unguided, checks.multiplier("The guidance scale", scale, x))
 
     return field
 
@@ -206,8 +225,7 @@ def weighted(field_y, ys, null, scales):
 
     def field(x, t):
         unguided, *guided = values(x, t)
-        paths.check_like("The field's output", unguided, x)
-        multipliers = [paths.multiplier("The guidance scale", scale, x) for scale in scales]
+        multipliers = [checks.multiplier("The guidance scale", scale, x) for scale in scales]
         return unguided + sum(scale * (value - unguided) for scale, value in zip(multipliers, guided, strict=True))
 
     return field
@@ -226,15 +244,18 @@ def autoguidance(field, weak_field, scale, *, combine=extrapolate):
     Raises:
       ValueError: if the scale is not finite or has axes other than x's.
     """
+    checks.function("field", field, checks.FIELD)
+    checks.function("weak_field", weak_field, checks.FIELD)
     _check_scale(scale)
+    checks.function("combine", combine, "guidance.zero_star")
     if not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1:
         return field
 
     def guided(x, t):
         value, weak = field(x, t), weak_field(x, t)
-        paths.check_like("The field's output", value, x)
-        paths.check_like("The weak field's output", weak, x)
-        return combine(value, weak, paths.multiplier("The guidance scale", scale, x))
+        checks.like("The field's output", value, x)
+        checks.like("The weak field's output", weak, x)
+        return combine(value, weak, checks.multiplier("The guidance scale", scale, x))
 
     return guided
 
@@ -252,13 +273,18 @@ def interval(guided, otherwise, start, end):
     Raises:
       ValueError: if the interval is empty, or t has a time an example.
     """
+    checks.function("guided", guided, checks.FIELD)
+    checks.function("otherwise", otherwise, checks.FIELD)
+    checks.number("start", start, "a time")
+    checks.number("end", end, "a time")
     if not isinstance(start, Tracer) and not isinstance(end, Tracer) and not start <= end:
         raise ValueError(f"The interval from {start} to {end} is empty.")
 
     def field(x, t):
         if jnp.ndim(t):
             raise ValueError(f"t has shape {jnp.shape(t)}, but guidance in an interval takes one time for the whole batch.")
-        return lax.cond((start <= t) & (t <= end), guided, otherwise, x, t)
+        inside, outside = checks.like_state(guided, "The guided field's output"), checks.like_state(otherwise, "The other field's output")
+        return lax.cond((start <= t) & (t <= end), inside, outside, x, t)
 
     return field
 
@@ -280,6 +306,8 @@ def classifier(field, log_probability, scale):
     Raises:
       ValueError: if the scale is a number that is not finite.
     """
+    checks.function("field", field, checks.FIELD)
+    checks.function("log_probability", log_probability, "lambda x, t: nn.log_softmax(model.apply(params, x, t))[jnp.arange(len(y)), y]")
     if not callable(scale):
         _check_scale(scale)
 
@@ -297,8 +325,8 @@ def classifier(field, log_probability, scale):
         if callable(scale) and not isinstance(t, Tracer):
             _check_weight(scale, t)
         value = field(x, t)
-        paths.check_like("The field's output", value, x)
-        return value + paths.multiplier("The guidance scale", weight, x) * jax.grad(total)(x, t)
+        checks.like("The field's output", value, x)
+        return value + checks.multiplier("The guidance scale", weight, x) * jax.grad(total)(x, t)
 
     return guided
 
@@ -314,6 +342,17 @@ def _check_weight(weight, t):
         )
 
 
+def _check_spread(spread, t):
+    """Raises where what was measured without noise leaves no room for a correction, which is infinite there."""
+    with jax.ensure_compile_time_eval():
+        value = spread(np.asarray(t, np.float32))
+    if not isinstance(value, Tracer) and not (np.asarray(value) > 0).all():
+        raise ValueError(
+            f"The spread r_t is {np.asarray(value)} at t = {np.asarray(t)}, where the correction is infinite: evaluate nothing there, as "
+            "solvers.heun(path), sampling.midpoint and last=sampling.euler do, or say how much noise the measurement has."
+        )
+
+
 def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iterations=10):
     """Samples of data x_1 given y = A x_1 + noise, from a field that knows the data alone: inpainting, super-resolution.
 
@@ -326,15 +365,25 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
       path: anything with `alpha(t)` and `beta(t)`.
       field: (x, t) -> u_t(x), like x, in which no example depends on another.
       operator: A, of one example, a linear function of an array like x[0]: `lambda x: x * mask`, `lambda x: x[::2, ::2]`.
-      y: what was measured of each example, (B, ...); what A cannot give, such as numbers behind a mask, does not matter.
+      y: what was measured of each example, (B, ...); what A cannot give, such as finite numbers behind a mask, does not matter.
       noise: its standard deviation.
       spread: r_t, a function of t; None for beta_t / sqrt(alpha_t^2 + beta_t^2), right for data N(0, I).
       iterations: of conjugate gradients for the inverse, one where A A^T has one eigenvalue beside 0.
     Returns:
       A velocity field, (x, t) -> like x, for 0 < alpha_t and 0 < beta_t: of one evaluation of `field` and its derivative.
     Raises:
-      ValueError: if A of an example and y have other shapes.
+      ValueError: if A of an example and y have other shapes, y is not finite, A of 0 is not 0, or a number is out of its range.
     """
+    checks.path(path)
+    checks.function("field", field, checks.FIELD)
+    y = checks.floats("y", y)
+    checks.whole("iterations", iterations, "how many iterations of conjugate gradients there are")
+    checks.number("noise", noise, "a standard deviation", least=0)
+    if not isinstance(y, Tracer) and not np.isfinite(np.asarray(y)).all():
+        raise ValueError("y has numbers that are not finite: put 0 where the operator cannot give anything, as behind a mask.")
+    checks.function("operator", operator, "lambda x: x * mask")
+    if spread is not None:
+        checks.function("spread", spread, f"lambda t: {spread!r}")
 
     def default(t):
         return path.beta(t) / jnp.sqrt(path.alpha(t) ** 2 + path.beta(t) ** 2)
@@ -345,6 +394,8 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
     def guided(x, t):
         if not isinstance(t, Tracer):
             _check_weight(b, t)
+            if not isinstance(noise, Tracer) and noise == 0:
+                _check_spread(default if spread is None else spread, t)
 
         def data_and_velocity(x):
             u = field(x, t)
@@ -354,8 +405,15 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
         measured = jax.vmap(operator)(expected)
         if measured.shape != jnp.shape(y):
             raise ValueError(f"y has shape {jnp.shape(y)}, but the operator gives {measured.shape} for x of shape {x.shape}.")
+        try:
+            with jax.ensure_compile_time_eval():
+                of_zero = operator(jnp.zeros(x.shape[1:], expected.dtype))
+        except jax.errors.JAXTypeError:  # It has numbers that are not known.
+            of_zero = 0
+        if not isinstance(of_zero, Tracer) and np.any(np.asarray(of_zero)):
+            raise ValueError("The operator of 0 is not 0, but it is linear: take what it adds from y, and leave it out.")
         transpose = jax.linear_transpose(operator, expected[0])
-        variance = jnp.broadcast_to((spread or default)(t) ** 2, x.shape[:1])
+        variance = jnp.broadcast_to((default if spread is None else spread)(t) ** 2, x.shape[:1])
 
         conjugate_gradients = functools.partial(jax.scipy.sparse.linalg.cg, tol=float(jnp.finfo(measured.dtype).eps), maxiter=iterations)
 
@@ -368,7 +426,11 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
             variance = variance + 0 * residual.sum()
             return transpose(conjugate_gradients(lambda v: variance * operator(transpose(v)[0]) + noise**2 * v, residual)[0])[0]
 
-        pulled = jax.vmap(pull)(variance, jnp.asarray(y, measured.dtype), measured)
+        known = jnp.asarray(y, measured.dtype)
+        pulled = jax.vmap(pull)(variance, known, measured)
+        # Conjugate gradients answer 0 where they are asked of NaN, which would be a sample without a measurement.
+        finite = jnp.isfinite(known).reshape(len(x), -1).all(1)
+        pulled = jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), pulled, jnp.nan)
         return u + b(paths.lift(t, x)) * pull_back(pulled)[0]
 
     return guided
@@ -387,8 +449,8 @@ def drop_labels(key, y, null, rate):
     Raises:
       ValueError: if the rate is not a probability.
     """
-    if not isinstance(rate, Tracer) and not 0 <= rate <= 1:
-        raise ValueError(f"rate is {rate}, but it is a probability, in [0, 1].")
+    checks.key(key)
+    checks.number("rate", rate, "the probability of the null", least=0, most=1)
     y = jnp.asarray(y)
     if not y.ndim:
         raise ValueError(

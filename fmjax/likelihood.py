@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
-from fmjax import paths, sampling
+from fmjax import checks, sampling
 from fmjax.sampling import scan
 
 
@@ -48,11 +47,18 @@ def exact(field, x, t, *, block=16):
     Returns:
       u, like x, and div u, (B,).
     """
-    u, push = jax.linearize(lambda x: field(x, t), x)
+    checks.whole("block", block, "how many products are computed at once")
+    u, push = _linearize(field, x, t)
     dimensions = x[0].size
     basis = jnp.eye(dimensions, dtype=x.dtype).reshape(dimensions, *x.shape[1:])
     entries = lax.map(lambda e: _dot(e[None], push(jnp.broadcast_to(e, x.shape))), basis, batch_size=min(block, dimensions))
     return u, entries.sum(0)
+
+
+def _linearize(field, x, t):
+    """The field at x, and products with its derivative."""
+    checks.function("field", field, checks.FIELD)
+    return jax.linearize(lambda x: checks.like_state(field)(x, t), checks.batch("x", x))
 
 
 def hutchinson(probes):
@@ -67,7 +73,7 @@ def hutchinson(probes):
 
     def divergence(field, x, t):
         each = _probes("probes", probes, x)
-        u, push = jax.linearize(lambda x: field(x, t), x)
+        u, push = _linearize(field, x, t)
         return u, jax.vmap(lambda e: _dot(e, push(e)), 1, 1)(each)
 
     return divergence
@@ -92,7 +98,7 @@ def hutch_plus_plus(sketch, probes):
             raise ValueError(
                 f"sketch has {seen.shape[1]} probes an example, but x of shape {x.shape} has only {x[0].size} dimensions: use `exact`."
             )
-        u, push = jax.linearize(lambda x: field(x, t), x)
+        u, push = _linearize(field, x, t)
 
         def times_j(vectors):
             """(B, m, D) to J times each."""
@@ -126,6 +132,7 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=samp
       TypeError: if x_1 is not of floats.
       ValueError: if the grid does not increase, probes do not have x's shape, or a trace or log_density_0 is not one per example.
     """
+    checks.function("divergence", divergence, "likelihood.exact")
     backwards, times = sampling.reverse(field, times)
 
     def rate(backwards, x, t):
@@ -170,13 +177,13 @@ def dequantize(key, x, width):
       x: data, (B, ...).
       width: between two levels: 2 / 255 where 0 to 255 became -1 to 1.
     Returns:
-      Data, like x.
+      Data, like x, in float32 or wider: half precision has no numbers between the levels.
     Raises:
       TypeError: if the key is not typed, or x is not of floats.
       ValueError: if width is not one positive number.
     """
-    scan.check_key(key)
-    x = paths.check_float("x", x)
+    checks.key(key)
+    x = _examples(x)
     _check_width(width)
     return x + jnp.asarray(width, x.dtype) * (jax.random.uniform(key, x.shape, x.dtype) - 0.5)
 
@@ -203,22 +210,18 @@ def bits_per_dimension(log_p, shape, width):
 
 def _check_width(width):
     """Raises unless the width between levels is one positive number."""
-    dtype = np.dtype(type(width)) if isinstance(width, int | float) else getattr(width, "dtype", np.dtype(object))
-    number = (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)) and not jnp.ndim(width)
-    if not number or (not isinstance(width, Tracer) and not 0 < float(width) < math.inf):
-        raise ValueError(f"width is {width!r}, but it is one positive number, the step between two levels: 2 / 255 for images in [-1, 1].")
+    checks.number("width", width, "the step between two levels, 2 / 255 for images in [-1, 1]", least=0, above=True)
 
 
 def _examples(x):
     """Examples in float32 or wider: a density is a sum over many dimensions, of which half precision would keep two or three digits."""
-    x = paths.check_float("x", x)
-    if not x.ndim:
-        raise ValueError("x has shape (), but arrays are batch first, (B, ...): for one example give x[None].")
+    x = checks.batch("x", x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _log_density_0(log_density_0, x):
     """The density of the noise of each example, checked."""
+    checks.function("log_density_0", log_density_0, "likelihood.normal")
     value = jnp.asarray(log_density_0(x))
     if jnp.shape(value) != x.shape[:1]:
         raise ValueError(
@@ -231,8 +234,12 @@ def _log_density_0(log_density_0, x):
 def _integrate(field, divergence, x, times, step):
     """The end of the trajectories, and the integral of the divergence along them: one state with a column more, or k."""
     x = _examples(x)
+    checks.function("field", field, checks.FIELD)
+    checks.function("divergence", divergence, "likelihood.exact")
+    times = checks.grid(times, x.dtype)
+    scan.check_ends(checks.like_state(field), x, times, (0,))
     shape = x.shape
-    traces = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, jnp.asarray(times)[0]).shape
+    traces = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, times[0]).shape
     if traces[:1] != shape[:1] or len(traces) > 2 or 0 in traces[1:]:
         raise ValueError(
             f"The divergence gives a trace of shape {traces}, but it is one number per example, {shape[:1]}, or one per probe, "
@@ -243,7 +250,7 @@ def _integrate(field, divergence, x, times, step):
 
     def both(z, t):
         u, trace = divergence(field, z[:, : z.shape[1] - count].reshape(shape), t)
-        paths.check_like("The field's output", u, z[:, : z.shape[1] - count].reshape(shape))
+        checks.like("The field's output", u, z[:, : z.shape[1] - count].reshape(shape))
         return jnp.concatenate([u.reshape(z.shape[0], -1), trace.reshape(z.shape[0], -1)], axis=1)
 
     z = jnp.concatenate([x.reshape(x.shape[0], -1), jnp.zeros((x.shape[0], count), x.dtype)], axis=1)
@@ -262,7 +269,7 @@ def _density(log_p_0, integral, x):
 
 def _probes(name, probes, x):
     """Probes in x's dtype, checked."""
-    probes = paths.check_float(name, probes)
+    probes = checks.floats(name, probes)
     if 0 in probes.shape:
         raise ValueError(f"{name} has shape {probes.shape}, but an estimate needs at least one probe.")
     if probes.ndim != x.ndim + 1 or (probes.shape[0], *probes.shape[2:]) != x.shape:

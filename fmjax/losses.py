@@ -10,7 +10,7 @@ each have the gradient of the loss against the marginal velocity, score or noise
 
 import jax.numpy as jnp
 
-from fmjax import paths
+from fmjax import checks, paths
 
 
 def regression(field, x, t, value):
@@ -28,10 +28,11 @@ def regression(field, x, t, value):
     Raises:
       ValueError: if the field's output or value has another shape than x.
     """
-    x = paths.check_batch("x", x)
+    checks.function("field", field, checks.FIELD)
+    x = checks.batch("x", x)
     prediction = field(x, t)
-    paths.check_like("The field's output", prediction, x)
-    paths.check_like("value", value, x)
+    checks.like("The field's output", prediction, x)
+    checks.like("value", value, x)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     error = jnp.asarray(prediction, dtype) - jnp.asarray(value, dtype)
     return (error**2).mean(axis=tuple(range(1, x.ndim)))
@@ -54,8 +55,8 @@ def flow_matching(field, path, x_0, x_1, t):
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, t is neither one time nor one an example, or the field's output is not like x.
     """
-    paths.check_path(path)
-    x_t, u_t = paths.flow(path, x_0, paths.check_batch("x_1", x_1), t)
+    checks.path(path)
+    x_t, u_t = paths.flow(path, x_0, checks.batch("x_1", x_1), t)
     return regression(field, x_t, t, u_t)
 
 
@@ -78,7 +79,8 @@ def denoising(field, path, x_0, x_1, t, *, target):
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, t is neither one time nor one an example, or the field's output is not like x.
     """
-    paths.check_path(path)
-    x_t = paths.interpolate(path, x_0, paths.check_batch("x_1", x_1), t)
+    checks.path(path)
+    checks.function("target", target, "targets.score")
+    x_t = paths.interpolate(path, x_0, checks.batch("x_1", x_1), t)
     a, b = target(path, paths.lift(t, x_t))
     return regression(field, x_t, t, a * x_1 + b * x_0)

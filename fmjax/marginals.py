@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import paths, targets
+from fmjax import checks, paths, targets
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class GaussianMixture:
     def sample(self, key, n):
         """n draws, (n, ...)."""
         _check_data(self)
-        paths.check_whole("n", n, "how many draws are made")
+        checks.whole("n", n, "how many draws are made")
         key_component, key_noise = jax.random.split(key)
         means = jnp.asarray(self.means)
         component = jax.random.categorical(key_component, jnp.log(jnp.asarray(self.weights)), shape=(n,))
@@ -59,7 +59,7 @@ class Empirical:
     def sample(self, key, n):
         """n draws with replacement, (n, ...)."""
         _check_data(self)
-        paths.check_whole("n", n, "how many draws are made")
+        checks.whole("n", n, "how many draws are made")
         return jax.random.choice(key, jnp.asarray(self.points), (n,))
 
 
@@ -68,6 +68,11 @@ def _check_data(distribution):
 
     Here and not where it is made, since JAX rebuilds pytrees from objects that are no arrays.
     """
+    if not isinstance(distribution, GaussianMixture | Empirical):
+        raise TypeError(
+            f"The distribution is {distribution!r}, but it is a GaussianMixture or an Empirical, after the path: "
+            "marginals.velocity(path, distribution)."
+        )
     # Evaluated now, also inside `jit`, and where the numbers are, since a training set is large.
     with jax.ensure_compile_time_eval():
         parts = {field.name: jnp.asarray(getattr(distribution, field.name)) for field in dataclasses.fields(distribution)}
@@ -75,7 +80,7 @@ def _check_data(distribution):
             if not parts["points"].ndim or not parts["points"].size:
                 raise ValueError(f"points has shape {parts['points'].shape}, but a finite set has at least one point, (N, ...).")
         else:
-            paths.check_float("means", parts["means"])
+            checks.floats("means", parts["means"])
             weights, means, scales = parts["weights"].shape, parts["means"].shape, parts["scales"].shape
             fits = len(scales) in (0, 1, len(means)) and all(size in (1, full) for size, full in zip(scales, means, strict=False))
             if len(weights) != 1 or weights != means[:1] or 0 in means or not fits:
@@ -111,7 +116,7 @@ def _components(distribution):
     """Log weights (K,), means (K, D) and scales (K, 1) or (K, D)."""
     _check_data(distribution)
     if isinstance(distribution, Empirical):
-        means = paths.check_float("points", distribution.points)
+        means = checks.floats("points", distribution.points)
         log_weights, scales = jnp.full(len(means), -jnp.log(len(means)), means.dtype), jnp.zeros((len(means), 1), means.dtype)
     else:
         means, weights = jnp.asarray(distribution.means), jnp.asarray(distribution.weights)
@@ -128,7 +133,7 @@ def _posterior(path, distribution, x, t):
     """log p_t(x), E[x_1 | x] and grad log p_t(x): (1), (4) and (3)."""
     shape = x.shape
     x = x.reshape(x.shape[0], -1)
-    t = paths.lift(t, x)
+    t = paths.lift(checks.on_path(t), x)
     log_weights, means, scales = _components(distribution)
     if means.shape[1] != x.shape[1]:
         raise ValueError(f"x has shape {shape}, that is {x.shape[1]} numbers an example, but the distribution has {means.shape[1]}.")
@@ -202,8 +207,11 @@ def velocity(path, distribution):
       A field, (x, t) -> like x. Of a finite set it exists for beta_t > 0; of a mixture wherever the path's derivative does.
     """
 
+    checks.path(path)
+    _check_data(distribution)
+
     def field(x, t):
-        x = paths.check_float("x", x)
+        x = checks.batch("x", x)
         _, data, score = _posterior(path, distribution, x, t)
         if not isinstance(t, Tracer):
             _check_known(path, distribution, t)
@@ -225,8 +233,11 @@ def score(path, distribution):
       A field, (x, t) -> like x. Of a finite set it exists for beta_t > 0, of a mixture for all t.
     """
 
+    checks.path(path)
+    _check_data(distribution)
+
     def field(x, t):
-        x = paths.check_float("x", x)
+        x = checks.batch("x", x)
         return _posterior(path, distribution, x, t)[2].astype(x.dtype)
 
     return field
@@ -243,4 +254,6 @@ def log_density(path, distribution):
     Returns:
       (x, t) -> (B,), in nats. Of a finite set it exists for beta_t > 0.
     """
-    return lambda x, t: _posterior(path, distribution, paths.check_float("x", x), t)[0]
+    checks.path(path)
+    _check_data(distribution)
+    return lambda x, t: _posterior(path, distribution, checks.batch("x", x), t)[0]

@@ -14,8 +14,7 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fmjax import paths
-from fmjax.sampling import scan
+from fmjax import checks
 
 
 def _samples(name, points):
@@ -54,13 +53,26 @@ def _vectors_on_host(points):
 
 def _pair(x, y, vectors=_vectors):
     """Two sets of vectors of one length."""
-    x, y = vectors(_samples("x", x)), vectors(_samples("y", y))
+    x, y = _samples("x", x), _samples("y", y)
     if x.ndim < 2 or y.ndim < 2 or x.shape[1:] != y.shape[1:] or 0 in x.shape or 0 in y.shape:
         raise ValueError(
             f"Two sets of samples are (N, ...) and (M, ...) with the same (...), none of them 0, got {x.shape} and {y.shape}: for sets of "
             "numbers give x[:, None] and y[:, None]."
         )
-    return x.reshape(len(x), -1), y.reshape(len(y), -1)
+    if not isinstance(x, Tracer) and not isinstance(y, Tracer):
+        # About a common origin, before the numbers are rounded to float32: large ones that differ little differ still.
+        centre = y.astype(np.float64).mean(0)
+        x, y = x.astype(np.float64) - centre, y.astype(np.float64) - centre
+        largest = max(np.abs(x).max(), np.abs(y).max())
+        if largest > np.finfo(np.float32).max ** 0.5 / len(x[0].reshape(-1)):
+            raise ValueError(f"Samples are up to {largest:g} from the mean of y, whose squares float32 does not hold: scale both sets.")
+    return vectors(x).reshape(len(x), -1), vectors(y).reshape(len(y), -1)
+
+
+def _root(square):
+    """The root, of derivative 0 at 0, where that of a distance does not exist."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
 def wasserstein(x, y):
@@ -83,10 +95,8 @@ def wasserstein(x, y):
     except ImportError as error:
         raise ImportError("metrics.wasserstein needs POT: pip install 'fmjax[metrics]'") from error
     x, y = _pair(x, y, _vectors_on_host)
-    # About the origin, since the squared distances are computed from squared norms.
-    centre = y.mean(0)
     # Rounded squared distances may be a little below zero where points are equal.
-    return float(np.sqrt(max(ot.emd2([], [], ot.dist(x - centre, y - centre), numItermax=10_000_000), 0)))
+    return float(np.sqrt(max(ot.emd2([], [], ot.dist(x, y), numItermax=10_000_000), 0)))
 
 
 def sliced_wasserstein(key, x, y, projections: int | np.integer = 128):
@@ -103,8 +113,8 @@ def sliced_wasserstein(key, x, y, projections: int | np.integer = 128):
       TypeError: if the key is not typed, or the points are not real numbers.
       ValueError: if projections is not a whole number of at least 1, or the points differ in shape, or one is not finite.
     """
-    paths.check_whole("projections", projections, "how many directions are drawn")
-    scan.check_key(key)
+    checks.whole("projections", projections, "how many directions are drawn")
+    checks.key(key)
     x, y = _pair(x, y)
     directions = jax.random.normal(key, (x.shape[1], int(projections)), x.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=0, keepdims=True)
@@ -114,7 +124,7 @@ def sliced_wasserstein(key, x, y, projections: int | np.integer = 128):
     levels = np.union1d(np.arange(n + 1) * m, np.arange(m + 1) * n)
     left, width = levels[:-1], np.diff(levels) / (n * m)
     squares = (x[left // m] - y[left // n]) ** 2
-    return jnp.sqrt((jnp.asarray(width, x.dtype)[:, None] * squares).sum(0).mean())
+    return _root((jnp.asarray(width, x.dtype)[:, None] * squares).sum(0).mean())
 
 
 def energy_distance(x, y):
@@ -132,9 +142,9 @@ def energy_distance(x, y):
     x, y = _pair(x, y)
 
     def mean_distance(x, y):
-        return lax.map(lambda point: jnp.sqrt(((y - point[None]) ** 2).sum(-1)).mean(), x, batch_size=64).mean()
+        return lax.map(lambda point: _root(((y - point[None]) ** 2).sum(-1)).mean(), x, batch_size=64).mean()
 
-    return jnp.sqrt(jnp.maximum(2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y), 0))
+    return _root(jnp.maximum(2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y), 0))
 
 
 def nearest_distance(x, y):
@@ -150,7 +160,7 @@ def nearest_distance(x, y):
       ValueError: if the points differ in shape, or one is not finite.
     """
     x, y = _pair(x, y)
-    return lax.map(lambda point: jnp.sqrt(((y - point[None]) ** 2).sum(-1).min()), x, batch_size=64)
+    return lax.map(lambda point: _root(((y - point[None]) ** 2).sum(-1).min()), x, batch_size=64)
 
 
 def frechet_distance(x, y):

@@ -28,9 +28,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fmjax.paths import check_whole
+from fmjax import checks
 from fmjax.progress import bar
-from fmjax.sampling.scan import check_key
 
 AXIS = "data"
 """The name of the mesh's axis."""
@@ -293,9 +292,10 @@ def sample(function, key, n, *, chunk, mesh=None, progress=True):
       TypeError: if the key is not typed.
       ValueError: if there is nothing to draw, the devices do not divide the chunk, or an array of the function is not (chunk, ...).
     """
-    check_whole("n", n, "how many samples are drawn")
-    check_whole("chunk", chunk, "how many samples are drawn at a time")
-    check_key(key)
+    checks.function("function", function, "lambda keys, indices: sampler(params, keys, indices % 10)")
+    checks.whole("n", n, "how many samples are drawn")
+    checks.whole("chunk", chunk, "how many samples are drawn at a time")
+    checks.key(key)
     sharding = None if mesh is None else batch_sharding(mesh, chunk)
 
     @functools.partial(jax.jit, out_shardings=sharding)

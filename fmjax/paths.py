@@ -21,9 +21,10 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
+
+from fmjax import checks
 
 
 class Path(Protocol):
@@ -73,6 +74,10 @@ class VariancePreserving:
     rate_min: float = 0.1
     rate_max: float = 20.0
 
+    def __post_init__(self):
+        checks.setting("rate_min", self.rate_min, "a rate of noise, so that alpha_t grows")
+        checks.setting("rate_max", self.rate_max, "a rate of noise, so that alpha_t grows", above=True)
+
     def _log_alpha(self, t):
         s = 1 - t
         return -(s**2) * (self.rate_max - self.rate_min) / 4 - s * self.rate_min / 2
@@ -94,6 +99,9 @@ class Polynomial:
     """
 
     power: float = 2.0
+
+    def __post_init__(self):
+        checks.setting("power", self.power, "the power of t, so that alpha_t grows", above=True)
 
     def alpha(self, t):
         return t**self.power
@@ -117,81 +125,6 @@ class SquareRoot:
         return jnp.sqrt(1 - t)
 
 
-def check_path(path):
-    """Raises unless path has the two methods of one."""
-    if isinstance(path, type) or not callable(getattr(path, "alpha", None)) or not callable(getattr(path, "beta", None)):
-        made = f", which is a class: make one with {path.__name__}()" if isinstance(path, type) else ""
-        raise TypeError(f"path is {path!r}{made}; a path is an object with alpha(t) and beta(t), such as paths.Linear().")
-
-
-def check_float(name, x):
-    """Raises unless x is an array of real floats, and returns it as a jax array."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        hint = "scale images to floats in [-1, 1] first" if x.dtype == jnp.uint8 else "convert it with .astype(jnp.float32)"
-        raise TypeError(f"{name} has dtype {x.dtype}, but noise, data and states are real floats: {hint}.")
-    return x
-
-
-def check_batch(name, x):
-    """Raises unless x is a batch of examples, (B, ...) with an axis at least beside the batch's, of real floats; returns it as an array."""
-    x = check_float(name, x)
-    if x.ndim < 2 or 0 in x.shape:
-        raise ValueError(
-            f"{name} has shape {x.shape}, but arrays are batch first, (B, ...): for one example give {name}[None], for a number per "
-            f"example {name}[:, None], and at least one of them."
-        )
-    return x
-
-
-def multiplier(name, value, x):
-    """A number, one per example, or an array that multiplies x, shaped to multiply x: where weights meet examples, as times do in `lift`.
-
-    Args:
-      name: of the value, for errors.
-      value: (), (B,), or as many axes as x, each of x's size or 1.
-      x: (B, ...).
-    Returns:
-      The value; of shape (B, 1, ..., 1) where it was (B,).
-    Raises:
-      ValueError: if it has another shape.
-    """
-    shape = jnp.shape(value)
-    if shape == x.shape[:1] and x.ndim > 1:
-        return jnp.reshape(value, shape + (1,) * (x.ndim - 1))
-    if shape and (len(shape) != x.ndim or any(size not in (1, full) for size, full in zip(shape, x.shape, strict=True))):
-        raise ValueError(
-            f"{name} has shape {shape}, but it multiplies x of shape {x.shape}: give a number, one per example, {x.shape[:1]}, or an array "
-            f"of shape {(x.shape[0], *(1,) * (x.ndim - 1))} or x's own."
-        )
-    return value
-
-
-def check_whole(name, value, meaning, least=1):
-    """Raises unless value is a whole number, at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} is {value!r}, but it is {meaning}: a whole number, at least {least}.")
-
-
-def check_like(name, value, x):
-    """Raises unless value has the shape of x."""
-    if jnp.shape(value) != jnp.shape(x):
-        raise ValueError(
-            f"{name} has shape {jnp.shape(value)}, but must be like x, {jnp.shape(x)}: arrays are batch first and never broadcast."
-        )
-
-
-def _times(t, x):
-    """t as floats of at least 32 bits, () or (B,)."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if not isinstance(t, int | float) and not jnp.issubdtype(jnp.result_type(t), jnp.floating):
-        raise TypeError(f"t has dtype {jnp.result_type(t)}, but times are floats with 0 noise and 1 data, not step numbers.")
-    t = jnp.asarray(t, dtype)
-    if t.ndim and t.shape != x.shape[:1]:
-        raise ValueError(f"t has shape {t.shape}, but it must be () or one time an example, {x.shape[:1]}, for x of shape {x.shape}.")
-    return t
-
-
 def lift(t, x):
     """Times shaped to multiply x: the one place where times meet examples.
 
@@ -204,7 +137,7 @@ def lift(t, x):
       TypeError: if t is an array of integers or complex numbers.
       ValueError: if t is neither one time nor one an example.
     """
-    t = _times(t, x)
+    t = checks.times(t, x)
     return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
 
 
@@ -229,6 +162,8 @@ def time_at(path, signal):
     Returns:
       Times like signal, in [0, 1], the nearer end where the path does not reach it; differentiable in the signal and the path.
     """
+    checks.path(path)
+    checks.real("signal", signal)
     signal = jnp.asarray(signal, jnp.result_type(float, signal))
     if not isinstance(signal, Tracer) and not ((signal >= 0) & (signal <= 1)).all():
         raise ValueError(f"The signal is {signal}, but alpha / (alpha + beta) is in [0, 1]: 0 is noise, 1 is data.")
@@ -254,7 +189,8 @@ def time_at(path, signal):
     t = lax.custom_root(
         lambda t: signal_at(path, t) - signal, t + width / 2, newton, lambda slope, value: over(slope(jnp.ones_like(value)), value)
     )
-    return jnp.where(signal <= first, 0, jnp.where(signal >= last, 1, jnp.clip(t, 0, 1)))
+    t = jnp.where(signal <= first, 0, jnp.where(signal >= last, 1, jnp.clip(t, 0, 1)))
+    return jnp.where(jnp.isnan(signal), jnp.nan, t)
 
 
 def interpolate(path, x_0, x_1, t):
@@ -273,9 +209,10 @@ def interpolate(path, x_0, x_1, t):
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, or t is neither one time nor one an example.
     """
-    x_0, x_1 = check_float("x_0", x_0), check_float("x_1", x_1)
-    check_like("x_0", x_0, x_1)
-    t = lift(t, x_1)
+    checks.path(path)
+    x_0, x_1 = checks.floats("x_0", x_0), checks.floats("x_1", x_1)
+    checks.like("x_0", x_0, x_1)
+    t = lift(checks.on_path(t), x_1)
     return (path.alpha(t) * x_1 + path.beta(t) * x_0).astype(x_1.dtype)
 
 
@@ -295,15 +232,16 @@ def flow(path, x_0, x_1, t):
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, or t is neither one time nor one an example.
     """
-    t = _times(t, check_float("x_1", x_1))
+    t = checks.times(checks.on_path(t), checks.floats("x_1", x_1))
     return jax.jvp(lambda t: interpolate(path, x_0, x_1, t), (t,), (jnp.ones_like(t),))
 
 
 def _noise_at(path, x, x_1, t):
     """The x_0 whose path to x_1 passes x at time t: (1) solved for x_0, for beta_t > 0."""
-    x, x_1 = check_float("x", x), check_float("x_1", x_1)
-    check_like("x", x, x_1)
-    t = lift(t, x_1)
+    checks.path(path)
+    x, x_1 = checks.floats("x", x), checks.floats("x_1", x_1)
+    checks.like("x", x, x_1)
+    t = lift(checks.on_path(t), x_1)
     return (x - path.alpha(t) * x_1) / path.beta(t)
 
 

@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fmjax import paths, sampling, targets
+from fmjax import checks, paths, sampling, targets
 from fmjax.sampling import clock as clocks
 from fmjax.sampling.clock import heun as heun
 from fmjax.sampling.clock import log_ratio as log_ratio
-from fmjax.sampling.scan import check_domain, check_steps
+from fmjax.sampling.scan import PathStep, check_domain, check_steps
 
 
 def ddim(path):
@@ -48,11 +48,13 @@ def ddim(path):
       A step for `sampling.sample_ode` along a velocity: order 1, one evaluation.
     """
 
+    checks.path(path)
+
     def step(field, x, t, dt):
         z, slope = clocks.enter(path, field, x, t)
         return clocks.leave(path, x, z, clocks.ahead(clocks.position(path, t), clocks.position(path, t + dt)) * slope, t, dt)
 
-    return step
+    return PathStep(path, step)
 
 
 def edm_heun(path):
@@ -68,6 +70,8 @@ def edm_heun(path):
     """
     noise = functools.partial(targets.convert, path, source=targets.velocity, target=targets.noise)
 
+    checks.path(path)
+
     def step(field, x, t, dt):
         u, s = field(x, t), t + dt
         end = ddim(path)(lambda x, t: u, x, t, dt)
@@ -80,7 +84,7 @@ def edm_heun(path):
 
         return lax.cond((path.beta(s) > 0) & (path.alpha(t) > 0), corrected, lambda: end)
 
-    return step
+    return PathStep(path, step)
 
 
 def adams_bashforth(order):
@@ -96,6 +100,7 @@ def adams_bashforth(order):
     Raises:
       ValueError: if the order is not positive; while sampling, if there are fewer steps.
     """
+    checks.whole("order", order, "how many values a multistep method uses")
     return _multistep(paths.Linear(), _SLOPE, order, start=sampling.rk4 if order > 3 else None)
 
 
@@ -159,7 +164,9 @@ _NOISE = _Held(lambda z, at, slope: z - at.data * slope, lambda r: -1 / r.data, 
 
 def _multistep(path, held, order, *, corrected=False, start=None, clock=clocks.identity):
     """(2), and its corrector: the last step again with the new value among the nodes, always or only while starting."""
-    paths.check_whole("order", order, "how many values a multistep method uses")
+    checks.path(path)
+    checks.whole("order", order, "how many values a multistep method uses")
+    checks.function("clock", clock, "solvers.log_ratio")
     # A value more than the predictor's, for the corrector looks back from the start of its step.
     length = order if corrected or order > 1 else 0
 

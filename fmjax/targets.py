@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fmjax import paths
+from fmjax import checks, paths
 
 
 def velocity(path, t):
@@ -74,10 +74,17 @@ def coefficients(path, t, *, source, target):
       score say nothing of the data, and a velocity that is 0 there neither (`paths.Polynomial` at noise, for a power above 1);
       where beta_t = 0 the data say nothing of the noise.
     """
+    checks.path(path)
+    _check_targets(source, target)
     t = jnp.asarray(t, jnp.result_type(float, t))
     if source is target:
         return jnp.zeros_like(t), jnp.ones_like(t)
     return _solve(path.alpha(t), path.beta(t), *source(path, t), *target(path, t))
+
+
+def _check_targets(source, target):
+    checks.function("source", source, "targets.velocity")
+    checks.function("target", target, "targets.velocity")
 
 
 # Compiled for those who convert outside `jit`, where each of its many operations would be compiled alone.
@@ -133,10 +140,11 @@ def convert(path, value, x, t, *, source, target):
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, t is neither one time nor one an example, or a known t is one at which the target does not follow.
     """
-    paths.check_path(path)
-    value, x = paths.check_float("value", value), paths.check_float("x", x)
-    paths.check_like("value", value, x)
-    lifted = paths.lift(t, x)
+    checks.path(path)
+    _check_targets(source, target)
+    value, x = checks.floats("value", value), checks.floats("x", x)
+    checks.like("value", value, x)
+    lifted = paths.lift(checks.on_path(t), x)
     if not isinstance(t, Tracer):
         _check_known(path, np.asarray(t, np.float32).reshape(lifted.shape), source, target)
     p, q = coefficients(path, lifted, source=source, target=target)
@@ -154,6 +162,9 @@ def convert_field(path, field, *, source, target):
     Returns:
       A field, (x, t) -> the target `target`, like x, of one evaluation of `field`.
     """
+    checks.path(path)
+    checks.function("field", field, checks.FIELD)
+    _check_targets(source, target)
     return lambda x, t: convert(path, field(x, t), x, t, source=source, target=target)
 
 
@@ -173,9 +184,16 @@ def change_path(field, *, source, target):
       A field, (x, t) -> u_t(x) along `target`, of one evaluation of `field`.
     """
 
+    checks.function("field", field, checks.FIELD)
+    checks.path(source)
+    checks.path(target)
+
     def changed(x, t):
-        t = paths.lift(t, x)
-        s = paths.time_at(source, paths.signal_at(target, t))
+        known, t = not isinstance(t, Tracer), paths.lift(checks.on_path(t), x)
+        # A time that is known stays so, for the field's own check and the conversion's.
+        with jax.ensure_compile_time_eval():
+            s = paths.time_at(source, paths.signal_at(target, t))
+        s = np.asarray(s) if known and not isinstance(s, Tracer) else s
         x_s = ((source.alpha(s) + source.beta(s)) / (target.alpha(t) + target.beta(t)) * x).astype(x.dtype)
         s = s.reshape(-1) if s.ndim else s
         return convert(source, field(x_s, s), x_s, s, source=velocity, target=lambda *_: velocity(target, t))

@@ -10,7 +10,12 @@ import numpy as np
 import scipy.optimize
 from jax.core import Tracer
 
-from fmjax import paths
+from fmjax import checks, paths
+
+
+def _check_draw(key, n):
+    checks.key(key)
+    checks.whole("n", n, "how many times are drawn")
 
 
 def uniform(key, n):
@@ -22,6 +27,7 @@ def uniform(key, n):
     Returns:
       Times, (n,), float32.
     """
+    _check_draw(key, n)
     return jax.random.uniform(key, (n,))
 
 
@@ -36,6 +42,7 @@ def stratified(key, n):
     Returns:
       Times, (n,), float32; each is uniform on [0, 1).
     """
+    _check_draw(key, n)
     key_order, key_within = jax.random.split(key)
     t = (jax.random.permutation(key_order, n) + jax.random.uniform(key_within, (n,))) / n
     # The sum can round up to n.
@@ -55,8 +62,9 @@ def logit_normal(key, n, mean=0.0, std=1.0):
     Returns:
       Times, (n,), float32.
     """
-    if not isinstance(mean, Tracer) and not isinstance(std, Tracer) and not (np.isfinite(mean) and 0 <= std < np.inf):
-        raise ValueError(f"mean is {mean} and std {std}, but both are finite, and std is at least 0.")
+    _check_draw(key, n)
+    checks.number("mean", mean, "the mean of the logit")
+    checks.number("std", std, "the standard deviation of the logit", least=0)
     t = jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
     # Far from the middle it rounds to 1, where some paths' velocity is infinite.
     return jnp.clip(t, jnp.finfo(t.dtype).tiny, 1 - jnp.finfo(t.dtype).epsneg)
@@ -81,7 +89,9 @@ def grid(steps, start=0.0, end=1.0):
       ValueError: if steps is not positive or end is not after start.
     """
     _check_steps(steps, 1)
-    if not -np.inf < start < end < np.inf:
+    checks.number("start", start, "the first time")
+    checks.number("end", end, "the last time")
+    if not start < end:
         raise ValueError(f"A grid ends after it starts, and both are finite, got steps={steps}, start={start}, end={end}.")
     return jnp.linspace(start, end, steps + 1)
 
@@ -97,10 +107,8 @@ def shift(t, factor):
     Returns:
       Times, like t, with 0 and 1 in their places.
     """
-    if not isinstance(factor, Tracer) and not (np.ndim(factor) == 0 and 0 < factor < np.inf):
-        raise ValueError(
-            f"factor is {factor}, but it is a positive finite number: 1 leaves times as they are, 3 is common for large images."
-        )
+    checks.number("factor", factor, "what the noise level is multiplied with, 1 to leave times as they are", least=0, above=True)
+    _check_times(t)
     return t / (t + factor * (1 - t))
 
 
@@ -113,9 +121,16 @@ def resolution_factor(size, base):
     Returns:
       sqrt(size / base).
     """
-    if not (0 < size < np.inf and 0 < base < np.inf):
-        raise ValueError(f"size is {size} and base {base}, but both count the numbers in an image: 512 * 512 and 256 * 256, say.")
+    checks.number("size", size, "a count of numbers in an image, such as 512 * 512", least=0, above=True)
+    checks.number("base", base, "a count of numbers in an image, such as 256 * 256", least=0, above=True)
     return (size / base) ** 0.5
+
+
+def _check_times(t):
+    """Raises unless times are real numbers in [0, 1], wherever they are known."""
+    checks.real("t", t)
+    if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
+        raise ValueError(f"t is {t}, but times go from 0, noise, to 1, data.")
 
 
 def cosine(t):
@@ -126,6 +141,7 @@ def cosine(t):
     Returns:
       Times, like t, with 0 and 1 in their places.
     """
+    _check_times(t)
     return jnp.sin(jnp.pi / 2 * t) ** 2
 
 
@@ -137,6 +153,7 @@ def quadratic(t):
     Returns:
       Times, like t, with 0 and 1 in their places.
     """
+    _check_times(t)
     return 1 - (1 - t) ** 2
 
 
@@ -156,12 +173,12 @@ def karras(path, steps, smallest=0.002, largest=80.0, rho=7.0):
     Raises:
       ValueError: if there are fewer than 2 steps, the levels are not 0 < smallest < largest, or the path does not reach them.
     """
+    checks.path(path)
     _check_steps(steps, 2)
-    if not 0 < smallest < largest < np.inf or not 0 < rho < np.inf:
-        raise ValueError(
-            f"The grid has at least 2 steps, 0 < smallest < largest and rho > 0, all finite, got steps={steps}, smallest={smallest}, "
-            f"largest={largest}, rho={rho}."
-        )
+    for name, value in (("smallest", smallest), ("largest", largest), ("rho", rho)):
+        checks.number(name, value, "a noise level" if name != "rho" else "a power", least=0, above=True)
+    if not smallest < largest:
+        raise ValueError(f"smallest is {smallest} and largest {largest}, but the grid goes from the largest noise level to the smallest.")
     root = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
     return _at_levels(path, np.append(root**rho, 0.0))
 
@@ -179,6 +196,7 @@ def log_ratio(path, steps, start, end):
     Raises:
       ValueError: if steps is not positive, end is not after start, or the ratio is infinite at one of them.
     """
+    checks.path(path)
     grid(steps, start, end)
     first, last = (float(jnp.log(path.alpha(t)) - jnp.log(path.beta(t))) for t in map(jnp.asarray, (float(start), float(end))))
     if not np.all(np.isfinite([first, last])):
@@ -215,9 +233,9 @@ def fitted(error, first, *, iterations=200):
     Raises:
       ValueError: if the grid does not increase, or the error of the first is not a positive number.
     """
-    first = np.asarray(first, np.float64)
-    if first.ndim != 1 or len(first) < 2 or not np.all(np.diff(first) > 0):
-        raise ValueError(f"The grid to begin with must increase, got {first}.")
+    checks.function("error", error, "lambda grid: ((sampling.sample_ode(field, x_0, grid)[0] - fine) ** 2).mean()")
+    checks.whole("iterations", iterations, "how many there are at most")
+    first = np.asarray(checks.grid(first, jnp.result_type(float), "first"), np.float64)
     span = first[-1] - first[0]
 
     def grid_of(logits):

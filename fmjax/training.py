@@ -24,9 +24,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from fmjax.paths import check_whole
+from fmjax import checks
 from fmjax.progress import bar
-from fmjax.sampling.scan import check_key
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +80,7 @@ def init(params, optimizer, *, averages=None):
     """
     _check_optimizer(optimizer)
     if averages is not None:
-        check_whole("averages", averages, "how many averages the state has, as many as the step has decays")
+        checks.whole("averages", averages, "how many averages the state has, as many as the step has decays")
     copies = [jax.tree.map(jnp.copy, params) for _ in range(1 if averages is None else averages)]
     ema = copies[0] if averages is None else tuple(copies)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
@@ -135,8 +134,9 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
                 f"ema_decay is {decay!r}, but it must be in [0, 1), a function of the step, or a tuple of these: 0 keeps no average, "
                 "0.999 is common."
             )
+    checks.function("loss_fn", loss_fn, "lambda params, key, batch: losses.flow_matching(...).mean()")
     _check_optimizer(optimizer)
-    check_whole("accumulate", accumulate, "the number of parts of a batch, of which 1 takes it at once")
+    checks.whole("accumulate", accumulate, "the number of parts of a batch, of which 1 takes it at once")
 
     def scalar_loss(params, key, batch):
         loss = loss_fn(params, key, batch)
@@ -236,9 +236,9 @@ def fit(step, state, batches, key, *, steps, every=100, callbacks=(), save=None,
         than numbers.
     """
     check_state(state)
-    check_key(key)
-    check_whole("steps", steps, "the number of steps that the state has at the end", least=0)
-    check_whole("every", every, "the number of steps between two rows")
+    checks.key(key)
+    checks.whole("steps", steps, "the number of steps that the state has at the end", least=0)
+    checks.whole("every", every, "the number of steps between two rows")
 
     def take(state, alive, key, batch):
         new, metrics = step(state, jax.random.fold_in(key, state.step), batch)

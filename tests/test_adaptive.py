@@ -92,7 +92,7 @@ def test_a_missing_diffrax_is_named(monkeypatch):
 
 
 def test_wrong_fields_are_named():
-    with pytest.raises(ValueError, match=r"The field's output has shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"The field's output has shape \(2,\)"):
         adaptive.sample_ode(lambda x, t: x[:, 0], jnp.zeros((2, 2)))
     with pytest.raises(TypeError, match="x_0 has dtype int32"):
         adaptive.sample_ode(FIELD, jnp.zeros((2, 2), int))

@@ -146,7 +146,7 @@ def test_bad_input_is_named(key):
             guidance.classifier_free(field_y, y, NULL, scale)
         with pytest.raises(ValueError, match=r"The guidance scale is .*must be finite"):
             guidance.classifier(lambda x, t: x, lambda x, t: x.sum(1), scale)
-    with pytest.raises(ValueError, match=r"y has shape \(3,\), but it must hold one condition an example"):
+    with pytest.raises(ValueError, match=r"y has shape \(3,\), but it must hold one condition per example"):
         guidance.classifier_free(field_y, y[:3], NULL, 2.0)(x, 0.5)
     plain, thin = lambda x, t: x, lambda x, t: x[:1]
     for field in (
@@ -169,14 +169,14 @@ def test_bad_input_is_named(key):
     for value in (lambda x, t: x, lambda x, t: x.sum(), lambda x, t: x.sum(1, keepdims=True)):
         with pytest.raises(ValueError, match=r"log_probability gives shape .* one number per example"):
             guidance.classifier(plain, value, 2.0)(x, 0.5)
-    with pytest.raises(TypeError, match="The guidance scale is 'strong', but it is a number"):
+    with pytest.raises(TypeError, match=r"The guidance scale is 'strong', .* but it is a real number"):
         guidance.classifier_free(field_y, y, NULL, "strong")
     with pytest.raises(ValueError, match="The guidance's weight is infinite at t = 0"):
         sampling.sample_ode(guidance.linear_inverse(paths.Linear(), plain, lambda x: x[:1], x[:, :1]), x, jnp.linspace(0, 1, 5))
     with pytest.raises(ValueError, match=r"y has shape \(\), but it must hold one condition per example"):
         guidance.drop_labels(key, 3, NULL, 0.5)
     for rate in (-0.1, 1.5, jnp.nan):
-        with pytest.raises(ValueError, match=r"rate is .*a probability"):
+        with pytest.raises(ValueError, match=r"rate is .*the probability"):
             guidance.drop_labels(key, y, NULL, rate)
 
 

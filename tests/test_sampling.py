@@ -290,7 +290,7 @@ def test_steps_of_another_kind_and_makers_that_were_not_called_are_named(key):
     for follow, step, message in (
         (flow, solvers.unipc, r"step is unipc\(path, order.*a function that makes a step is called first"),
         (flow, "heun", r"step is 'heun', but it is a function \(field, x, t, dt\) -> x, such as sampling.heun"),
-        (flow, sampling.euler_maruyama, r"step is euler_maruyama\(drift.*steps with noise are for sample_sde"),
+        (flow, sampling.euler_maruyama, r"step is euler_maruyama\(drift.*steps with noise are for sample_diffusion and sample_sde"),
         (sde, sampling.heun, r"step is heun\(field, x, t, dt\)"),
         (sde, sampling.ancestral, r"DiffusionStep\(ancestral\), which knows a path: give it to sample_diffusion"),
         (sde, sampling.churn(), r"DiffusionStep\(churn\), which knows a path"),

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmjax import targets
+from fmjax import checks, targets
+from fmjax.sampling.scan import PathStep
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
 NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2
@@ -147,6 +148,8 @@ def heun(path):
       A step for `sampling.sample_ode` along a velocity: order 2, two evaluations, one in a step that ends at beta = 0.
     """
 
+    checks.path(path)
+
     def step(field, x, t, dt):
         z, slope = enter(path, field, x, t)
         s = t + dt
@@ -159,4 +162,4 @@ def heun(path):
 
         return lax.cond(there.noise > 0, corrected, lambda: end)
 
-    return step
+    return PathStep(path, step)

@@ -5,6 +5,7 @@ which draws by `noise(key, x.shape)`; one that remembers is a `Multistep`. Grids
 does not depend on their length.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import paths, targets
+from fmjax import checks, targets
 
 
 class Multistep(NamedTuple):
@@ -35,10 +36,12 @@ class DiffusionStep:
     Args:
       step: (path, velocity, sigma, key, x, t, dt) -> x; with an `init`, (path, velocity, sigma, key, memory, x, t, dt) -> (x, memory).
       init: (path, x, times) -> what the step remembers at the start, any pytree of arrays.
+      at_end: (path) -> whether the velocity is evaluated at the end of a step too, where some paths' is infinite.
+      within: the step of any SDE that this one takes in it, of the drift.
     """
 
-    def __init__(self, step, init=None):
-        self.step, self.init = step, init
+    def __init__(self, step, init=None, *, at_end=lambda path: False, within=None):
+        self.step, self.init, self.at_end, self.within = step, init, at_end, within
         self.__name__, self.__doc__ = getattr(step, "__name__", "step"), step.__doc__
 
     def __repr__(self):
@@ -103,16 +106,6 @@ def mean(drift, sigma, key, x, t, dt):
     return x + dt * drift(x, t)
 
 
-def check_key(key, n=None):
-    """Raises unless there is one typed key, or where n is given, one for each of n examples."""
-    dtype = getattr(key, "dtype", type(key).__name__)
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key has dtype {dtype}, but keys are typed: make one with jax.random.key(seed).")
-    if key.shape != () and (n is None or key.shape != (n,)):
-        each = "" if n is None else f", or one per example, {(n,)}"
-        raise ValueError(f"key has shape {key.shape}, but it must be one key, (){each}: jax.random.split makes more of one.")
-
-
 def noise(key, shape, dtype=jnp.float32):
     """Standard normal noise in which example i depends on the key and on i, not on the size of the batch.
 
@@ -129,7 +122,7 @@ def noise(key, shape, dtype=jnp.float32):
       TypeError: if the key is not typed.
       ValueError: if there is neither one key nor one an example.
     """
-    check_key(key, shape[0])
+    checks.key(key, shape[0])
     # In rows, whose numbers are the same and whose program XLA compiles in a fifth of the time that one of images takes.
     n, size = shape[0], math.prod(shape[1:])
     if key.ndim == 0:
@@ -139,63 +132,51 @@ def noise(key, shape, dtype=jnp.float32):
     return over(lambda key: jax.random.normal(key, (size,), dtype))(key).reshape(shape)
 
 
-def check_times(times, dtype):
-    """The grid as an array of floats; its order is checked wherever its values are known, and there it stays known inside `jax.jit`."""
-    if not hasattr(times, "shape"):
-        times = np.asarray(times)
-    if jnp.ndim(times) != 1 or len(times) < 2:
-        raise ValueError(
-            f"times has shape {jnp.shape(times)}, but a grid is one-dimensional with at least two times, such as jnp.linspace(0, 1, 51)."
-        )
-    if not jnp.issubdtype(times.dtype, jnp.number) or jnp.issubdtype(times.dtype, jnp.complexfloating):
-        raise TypeError(f"times has dtype {times.dtype}, but a grid is of real numbers, such as jnp.linspace(0, 1, 51).")
-    if not isinstance(times, Tracer):
-        values = np.asarray(times).astype(dtype)
-        backwards = np.flatnonzero(~(np.diff(values) > 0))
-        if backwards.size:
-            i = int(backwards[0])
-            raise ValueError(
-                f"times must increase, but times[{i}] is {values[i]:g} and times[{i + 1}] is {values[i + 1]:g} in {values.dtype}; "
-                "0 is noise, 1 is data."
-            )
-        if not np.isfinite(values).all():
-            raise ValueError(f"times must be finite, but they go from {values[0]:g} to {values[-1]:g}; 0 is noise, 1 is data.")
-    with jax.ensure_compile_time_eval():
-        return jnp.asarray(times, dtype)
-
-
-def like_state(field):
-    """The field with its output held to the state: its shape checked, its dtype the state's."""
-
-    def checked(x, t):
-        value = field(x, t)
-        paths.check_like("The field's output", value, x)
-        return jnp.asarray(value, x.dtype)
-
-    return checked
-
-
-def check_step(step, arguments):
+def check_step(step, arguments, last=None):
     """Raises unless a step can be called with these arguments: a maker of steps that was not called, a string, a step of another kind."""
-    wanted = f"({', '.join(arguments)}) -> x"
-    named = getattr(step, "__name__", repr(step))
-    if not callable(step):
-        raise TypeError(f"step is {step!r}, but it is a function {wanted}, such as sampling.{_AN_EXAMPLE[arguments]}.")
+    if isinstance(last, Multistep):
+        raise TypeError("last is a Multistep, which remembers steps before it, but the last step stands alone: take sampling.euler.")
+    for name, each in (("step", step), ("last", last)):
+        if each is None and name == "last":
+            continue
+        remembers = isinstance(each, Multistep)
+        wants, called = (_remembering(arguments), each.step) if remembers else (arguments, each)
+        wanted = f"({', '.join(wants)}) -> {'(x, memory)' if remembers else 'x'}"
+        example, made, other = _EXAMPLES[arguments]
+        if not callable(called):
+            raise TypeError(f"{name} is {each!r}, but it is a function {wanted}, such as sampling.{example}.")
+        if not takes(called, wants):
+            named = getattr(called, "__name__", type(called).__name__)
+            raise TypeError(
+                f"{name} is {named}{inspect.signature(called)}, but a step here is {wanted}, such as sampling.{example}: a function that "
+                f"makes a step is called first, as in step={made}; {other}."
+            )
+
+
+def takes(function, arguments):
+    """Whether a function can be called with so many arguments."""
+    if not callable(function):
+        return False
     try:
-        inspect.signature(step).bind(*arguments)
+        inspect.signature(function).bind(*arguments)
     except TypeError:
-        raise TypeError(
-            f"step is {named}{inspect.signature(step)}, but a step here is {wanted}: a function that makes a step is called first, as in "
-            "step=solvers.unipc(path, 2); steps with noise are for sample_sde and sample_diffusion, those without for sample_ode."
-        ) from None
+        return False
     except ValueError:
         # Some callables, such as NumPy's, do not say what they take.
-        return
+        return True
+    return True
+
+
+def _remembering(arguments):
+    return (*arguments[:-3], "memory", *arguments[-3:])
 
 
 _FLOW = ("field", "x", "t", "dt")
-_SDE = ("drift", "sigma", "key", "x", "t", "dt")
-_AN_EXAMPLE = {_FLOW: "heun", _SDE: "euler_maruyama"}
+SDE = ("drift", "sigma", "key", "x", "t", "dt")
+_EXAMPLES = {
+    _FLOW: ("heun", "solvers.unipc(path, 2)", "steps with noise are for sample_diffusion and sample_sde"),
+    SDE: ("euler_maruyama", "sampling.churn()", "steps without noise are for sample_ode"),
+}
 
 
 def check_ends(field, x_0, times, ends):
@@ -217,10 +198,16 @@ def check_ends(field, x_0, times, ends):
         for t in seen:
             traced(t)
     except (IndexError, TypeError, ValueError) as error:
-        try:
-            traced(np.full(x_0.shape[:1], t))
-        except Exception:
-            raise error from None
+        # Where a time in the middle is taken, or one per example is not either, it is not the shape of the time.
+        for other, good in ((np.asarray(0.5, x_0.dtype), True), (np.full(x_0.shape[:1], t), False)):
+            try:
+                traced(other)
+            except Exception:
+                if not good:
+                    raise error from None
+            else:
+                if good:
+                    raise error from None
         raise TypeError(
             f"The field takes one time per example, (B,), but samplers give one time for the whole batch, of shape () "
             f"({type(error).__name__}: {error}). Begin the field with t = jnp.broadcast_to(t, x.shape[:1]), which takes both."
@@ -245,9 +232,9 @@ def evaluated_at_end(step, *arguments):
 
 def follow(advance, memory, x_0, times, last, save, every):
     """Scans advance(index, memory, x, t, dt) over the grid, in float32 or wider; a last step that is another follows the scan."""
-    x_0 = paths.check_batch("x_0", x_0)
+    x_0 = checks.batch("x_0", x_0)
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
-    times = check_times(times, dtype)
+    times = checks.grid(times, dtype)
     # Where the grid is known it stays so inside `jax.jit`, for the checks of multistep methods.
     with jax.ensure_compile_time_eval():
         scanned = times if last is None else times[:-1]
@@ -309,14 +296,15 @@ def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun
       ValueError: if the grid does not increase, the field is infinite at a known end of it, its output has another shape than x, a
         multistep method needs more steps than there are, or `every` does not divide their number.
     """
-    for each in (step, last) if last is not None else (step,):
-        if not isinstance(each, Multistep):
-            check_step(each, _FLOW)
+    check_step(step, _FLOW, last)
+    checks.function("field", field, checks.FIELD)
     final = step if last is None else last
-    x_0 = paths.check_batch("x_0", x_0)
-    times = check_times(times, jnp.promote_types(x_0.dtype, jnp.float32))
-    at_end = not isinstance(final, Multistep) and evaluated_at_end(final)
-    field = like_state(field)
+    x_0 = checks.batch("x_0", x_0)
+    times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
+    at_end = not isinstance(final, Multistep | PathStep) and evaluated_at_end(final)
+    if isinstance(step, PathStep):
+        check_domain(step.path, times)
+    field = checks.like_state(field)
     check_ends(field, x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32)), times, (0, -1) if at_end else (0,))
 
     def advance(index, memory, x, t, dt):
@@ -360,27 +348,46 @@ def sample_sde(drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Mult
                 f"step is {each!r}, which knows a path: give it to sample_diffusion(path, velocity, sigma, ...), which takes the velocity, "
                 "not the drift."
             )
-    x_0, sigma = paths.check_batch("x_0", x_0), coefficient(sigma)
-    times = check_times(times, jnp.promote_types(x_0.dtype, jnp.float32))
-    drift = like_state(drift)
+    checks.function("drift", drift, "sampling.langevin(score, sigma)")
+    x_0, sigma = checks.batch("x_0", x_0), coefficient(sigma)
+    times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
+    drift = checks.like_state(drift)
     check_sde(key, x_0, step, last)
-    check_drift(drift, sigma, x_0, times, step, last)
+    check_sigma(sigma, times)
+    check_drift(drift, sigma, x_0, times, (0, -1) if drift_at_end(step if last is None else last) else (0,))
     return follow_sde(drift, sigma, key, x_0, times, step, last, save, every)
 
 
 def check_sde(key, x_0, step, last):
     """Raises unless there are keys for the examples, and steps of (2)."""
-    check_key(key, x_0.shape[0])
-    for each in (step, last) if last is not None else (step,):
-        if not isinstance(each, Multistep):
-            check_step(each, _SDE)
+    checks.key(key, x_0.shape[0])
+    check_step(step, SDE, last)
 
 
-def check_drift(drift, sigma, x_0, times, step, last):
+def drift_at_end(step):
+    """Whether a step of (2) evaluates the drift at the end of its interval."""
+    return not isinstance(step, Multistep) and evaluated_at_end(step, np.ones_like, jax.random.key(0))
+
+
+def check_sigma(sigma, times):
+    """Raises where sigma is no number of at least 0 inside a known grid."""
+    if isinstance(times, Tracer):
+        return
+    first, last = np.asarray(times)[[0, -1]]
+    inner = first + (last - first) * np.linspace(0, 1, 34, dtype=times.dtype)[1:-1]
+    with jax.ensure_compile_time_eval():
+        value = jax.vmap(sigma)(inner)
+    if isinstance(value, Tracer):
+        return
+    wrong = np.flatnonzero(~((np.asarray(value) >= 0) & (np.asarray(value) < np.inf)))
+    if wrong.size:
+        raise ValueError(
+            f"sigma is {np.asarray(value)[wrong[0]]} at t = {inner[wrong[0]]:g}, but it is finite and at least 0 on all of the grid."
+        )
+
+
+def check_drift(drift, sigma, x_0, times, ends):
     """Raises where an SDE's steps would meet an infinite drift or sigma at an end of a known grid."""
-    final = step if last is None else last
-    at_end = not isinstance(final, Multistep) and evaluated_at_end(final, np.ones_like, jax.random.key(0))
-    ends = (0, -1) if at_end else (0,)
     check_ends(drift, x_0.astype(times.dtype), times, ends)
     for end in () if isinstance(times, Tracer) else ends:
         with jax.ensure_compile_time_eval():
@@ -422,14 +429,22 @@ def reverse(field, times):
     Returns:
       A field and an increasing grid from t_0 to t_n, whose steps are those of `times` in the other order.
     """
-    times = jnp.asarray(times)
+    # Numbers that are known stay so inside `jax.jit`, for the checks of samplers.
+    times = times if isinstance(times, Tracer) else np.asarray(checks.grid(times, jnp.result_type(float)))
+    checks.function("field", field, checks.FIELD)
     both = times[0] + times[-1]
-    return lambda x, s: -field(x, both - s), both - times[::-1]
+
+    def backwards(x, s):
+        value = field(x, both - s)
+        checks.like("The field's output", value, x)
+        return -value
+
+    return backwards, both - times[::-1]
 
 
 def coefficient(sigma: Any) -> Callable[[Any], Any]:
     """sigma as a function of t, of one number for each time; checked wherever its value is known."""
-    if not callable(sigma) and (isinstance(sigma, str) or not jnp.issubdtype(jnp.result_type(sigma), jnp.number)):
+    if not callable(sigma) and (isinstance(sigma, str) or sigma is None or not jnp.issubdtype(jnp.result_type(sigma), jnp.number)):
         raise TypeError(f"sigma is {sigma!r}, but it is a number or a function of t, such as diffusion.by_noise(path).")
 
     def checked(value, t):
@@ -440,23 +455,61 @@ def coefficient(sigma: Any) -> Callable[[Any], Any]:
             )
         if not isinstance(value, Tracer) and not (np.asarray(value) >= 0).all():
             raise ValueError(f"sigma is {value}, but it is at least 0.")
+        if jnp.iscomplexobj(value):
+            raise TypeError(f"sigma has dtype {value.dtype}, but it is a real number of at least 0: give its abs().")
         # In t's dtype, which is the state's: a wider number would widen it.
         return value.astype(jnp.result_type(t))
 
     if not callable(sigma):
         checked(sigma, 0.0)
+        if not isinstance(sigma, Tracer) and not np.isfinite(sigma):
+            raise ValueError(f"sigma is {sigma}, but it is a finite number of at least 0.")
     return lambda t: checked(sigma(t) if callable(sigma) else sigma, t)
 
 
 def check_domain(path, times):
-    """Raises where a grid leaves the path, or starts where its velocity says nothing, wherever their values are known."""
+    """Raises where a grid leaves the path, or starts where its velocity says nothing of the data, wherever their values are known.
+
+    That is where the velocity's row (a, b) is 0 or in proportion to (alpha, beta), that of the state itself, to all digits but one.
+    """
     check_range(times)
-    if not isinstance(times, Tracer):
-        first = np.asarray(times)[0]
+    if isinstance(times, Tracer):
+        return
+
+    def says(t):
         with jax.ensure_compile_time_eval():
-            row = targets.velocity(path, first)
-        if not any(isinstance(entry, Tracer) for entry in row) and not np.any(row):
-            raise ValueError(f"The velocity of {path} is 0 at t = {first:g} and says nothing of the data: start the grid later.")
+            a, b = targets.velocity(path, t)
+            largest = jnp.maximum(jnp.abs(a), jnp.abs(b))
+            a, b = (jnp.where(jnp.isinf(entry), jnp.sign(entry), entry / largest) for entry in (a, b))
+            alpha, beta = path.alpha(t), path.beta(t)
+            return jnp.nan_to_num(jnp.abs(alpha * b - beta * a) / (alpha + beta))
+
+    first = np.asarray(times)[0]
+    found = says(first)
+    if isinstance(found, Tracer) or np.asarray(found) > _LEAST_SAID:
+        return
+    later = np.geomspace(1e-3, 0.5, 28).astype(np.float32)
+    enough = later[(later > first) & (np.asarray(says(later)) > _LEAST_SAID)]
+    cure = f", such as times.grid(n, start={enough[0]:.2g})" if enough.size else ""
+    raise ValueError(
+        f"The velocity of {path} is 0 or in proportion to the state at t = {first:g} and says nothing of the data there, which this step "
+        f"asks for: start the grid later{cure}."
+    )
+
+
+_LEAST_SAID = 1e-8
+"""Of the data in a velocity, beside 1 for the noise: less is lost to rounding in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PathStep:
+    """A step of a flow that knows the path, `(field, x, t, dt) -> x`, and evaluates nothing at data."""
+
+    path: Any
+    step: Callable[..., Any]
+
+    def __call__(self, field, x, t, dt):
+        return self.step(field, x, t, dt)
 
 
 def check_range(times):

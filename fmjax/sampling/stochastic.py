@@ -24,22 +24,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fmjax import paths, targets
+from fmjax import checks, paths, targets
 from fmjax.sampling import clock as clocks
 from fmjax.sampling.scan import (
+    SDE,
     DiffusionStep,
     Multistep,
+    PathStep,
     check_domain,
     check_drift,
     check_ends,
     check_range,
     check_sde,
+    check_sigma,
+    check_step,
     check_steps,
-    check_times,
     coefficient,
+    drift_at_end,
+    evaluated_at_end,
     follow_sde,
-    like_state,
     noise,
+    takes,
 )
 
 
@@ -55,12 +60,14 @@ def extend(velocity_field, score_field, sigma):
     Returns:
       A field, (x, t) -> like x.
     """
+    checks.function("velocity_field", velocity_field, checks.FIELD)
+    checks.function("score_field", score_field, checks.FIELD)
     sigma = coefficient(sigma)
 
     def drift(x, t):
         velocity, score = velocity_field(x, t), score_field(x, t)
-        paths.check_like("The velocity", velocity, x)
-        paths.check_like("The score", score, x)
+        checks.like("The velocity", velocity, x)
+        checks.like("The score", score, x)
         return velocity + sigma(paths.lift(t, x)) ** 2 / 2 * score
 
     return drift
@@ -85,6 +92,10 @@ def sde_drift(path, velocity_field, sigma):
         there, so that a sigma which does not fall with beta asks for `sample_diffusion` with its `ancestral`, or for a grid that
         ends before: `times.grid(n, end=0.99)` and `last=tweedie`.
     """
+
+    checks.path(path)
+    checks.function("velocity_field", velocity_field, checks.FIELD)
+    sigma = coefficient(sigma)
 
     def drift(x, t):
         u = velocity_field(x, t)
@@ -203,7 +214,12 @@ def churn(make_step=clocks.heun):
         `solvers.edm_heun`, `solvers.ddim`, or `lambda path: sampling.midpoint`.
     Returns:
       A step for `sample_diffusion`, with the evaluations of the flow's step.
+    Raises:
+      TypeError: if `make_step` is not a function of the path alone.
     """
+    if not takes(make_step, ("path",)):
+        given = getattr(make_step, "__name__", repr(make_step))
+        raise TypeError(f"make_step is {given}, but it is a function of the path that makes a step of the flow: lambda path: {given}.")
 
     def churned(path, velocity, sigma, key, x, t, dt):
         alpha, beta = path.alpha(t), path.beta(t)
@@ -221,7 +237,7 @@ def churn(make_step=clocks.heun):
         return make_step(path)(velocity, x_r, r, t + dt - r)
 
     churned.__name__ = "churn"
-    return DiffusionStep(churned)
+    return DiffusionStep(churned, at_end=lambda path: not isinstance(make_step(path), PathStep) and evaluated_at_end(make_step(path)))
 
 
 def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1):
@@ -243,8 +259,10 @@ def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1):
     """
     if isinstance(step, Multistep) or getattr(step, "init", None) is not None:
         raise TypeError(f"step is {step!r}, which remembers its last values, but a correction changes them: take ancestral or churn().")
-    if not rate > 0 or corrections < 1:
-        raise ValueError(f"rate is {rate} and corrections {corrections}, but a corrector renews noise: both are above 0.")
+    checks.number("rate", rate, "how fast noise is renewed", least=0, above=True)
+    checks.whole("corrections", corrections, "how many there are after each step")
+    if not isinstance(step, DiffusionStep):
+        check_step(step, SDE)
 
     def corrected(path, velocity, sigma, key, x, t, dt):
         split = jax.vmap(functools.partial(jax.random.split, num=1 + corrections)) if key.ndim else None
@@ -262,7 +280,8 @@ def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1):
         return lax.cond(path.beta(s) > 0, lambda x: lax.scan(correct, x, keys[1:])[0], lambda x: x, x)
 
     corrected.__name__ = "predictor_corrector"
-    return DiffusionStep(corrected)
+    known = isinstance(step, DiffusionStep)
+    return DiffusionStep(corrected, at_end=step.at_end if known else lambda path: False, within=step.within if known else step)
 
 
 @DiffusionStep
@@ -288,7 +307,7 @@ def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step=ancestral, 
 
     The score follows from the velocity on the path. `diffusion.by_noise(path)` is a good sigma: it goes with the noise that is left. A
     constant one asks for more and more near data; `ancestral` follows it safely there, `euler_maruyama` multiplies what the network
-    gets wrong by sigma^2 / (2 beta), so give that a grid whose steps shrink towards data, `times.quadratic(times.grid(n))`, and see.
+    gets wrong by sigma^2 / (2 beta), so let that end before data: `times.grid(n, end=0.99)` and `last=tweedie`.
     Outside `jax.jit` each call compiles anew.
 
     Args:
@@ -311,15 +330,22 @@ def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step=ancestral, 
         another shape than x, a known end of the grid is one at which the step would meet an infinite drift or sigma, a step that
         remembers needs more steps than there are, or `every` does not divide their number.
     """
-    paths.check_path(path)
-    x_0, sigma, velocity = paths.check_batch("x_0", x_0), coefficient(sigma), like_state(velocity)
-    times = check_times(times, jnp.promote_types(x_0.dtype, jnp.float32))
+    checks.path(path)
+    checks.function("velocity", velocity, checks.FIELD)
+    x_0, sigma, velocity = checks.batch("x_0", x_0), coefficient(sigma), checks.like_state(velocity)
+    times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
     check_range(times)
-    drift = like_state(sde_drift(path, velocity, sigma))
+    drift = checks.like_state(sde_drift(path, velocity, sigma))
     bound, bound_last = (each if each is None else _bound(each, path, velocity, sigma) for each in (step, last))
     check_sde(key, x_0, bound, bound_last)
-    if isinstance(step, DiffusionStep):
-        check_ends(velocity, x_0.astype(times.dtype), times, (0,))
-    else:
-        check_drift(drift, sigma, x_0, times, step, last if last is None else bound_last)
+    check_sigma(sigma, times)
+    for each, end in ((step, 0), (step if last is None else last, -1)):
+        knows = isinstance(each, DiffusionStep)
+        if knows and end == 0:
+            check_domain(path, times)
+        if knows and (end == 0 or each.at_end(path)):
+            check_ends(velocity, x_0.astype(times.dtype), times, (end,))
+        plain = each.within if knows else each
+        if plain is not None and (end == 0 or drift_at_end(plain)):
+            check_drift(drift, sigma, x_0, times, (end,))
     return follow_sde(drift, sigma, key, x_0, times, bound, bound_last, save, every)

@@ -1,0 +1,187 @@
+"""Checks of arguments, by all chapters: each error says what was given, what was expected and what to do.
+
+What is known is checked now, also inside `jax.jit`; what is traced is checked in shape and dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def path(path):
+    """Raises unless path has the two methods of one."""
+    if isinstance(path, type) or not callable(getattr(path, "alpha", None)) or not callable(getattr(path, "beta", None)):
+        made = f", which is a class: make one with {path.__name__}()" if isinstance(path, type) else ""
+        raise TypeError(f"path is {path!r}{made}; a path is an object with alpha(t) and beta(t), such as paths.Linear().")
+
+
+def floats(name, x):
+    """Raises unless x is an array of real floats, and returns it as a jax array."""
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {x!r}, but it is an array of real floats, batch first.") from error
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = "scale images to floats in [-1, 1] first" if x.dtype == jnp.uint8 else "convert it with .astype(jnp.float32)"
+        raise TypeError(f"{name} has dtype {x.dtype}, but noise, data and states are real floats: {hint}.")
+    return x
+
+
+def batch(name, x):
+    """Raises unless x is a batch of examples, (B, ...) with an axis at least beside the batch's, of real floats; returns it as an array."""
+    x = floats(name, x)
+    if x.ndim < 2 or 0 in x.shape:
+        raise ValueError(
+            f"{name} has shape {x.shape}, but arrays are batch first, (B, ...): for one example give {name}[None], for a number per "
+            f"example {name}[:, None], and at least one of them."
+        )
+    return x
+
+
+def multiplier(name, value, x):
+    """A number, one per example, or an array that multiplies x, shaped to multiply x: where weights meet examples, as times do in `lift`.
+
+    Args:
+      name: of the value, for errors.
+      value: (), (B,), or as many axes as x, each of x's size or 1.
+      x: (B, ...).
+    Returns:
+      The value; of shape (B, 1, ..., 1) where it was (B,).
+    Raises:
+      ValueError: if it has another shape.
+    """
+    real(name, value)
+    shape = jnp.shape(value)
+    if shape == x.shape[:1] and x.ndim > 1:
+        return jnp.reshape(value, shape + (1,) * (x.ndim - 1))
+    if shape and (len(shape) != x.ndim or any(size not in (1, full) for size, full in zip(shape, x.shape, strict=True))):
+        raise ValueError(
+            f"{name} has shape {shape}, but it multiplies x of shape {x.shape}: give a number, one per example, {x.shape[:1]}, or an array "
+            f"of shape {(x.shape[0], *(1,) * (x.ndim - 1))} or x's own."
+        )
+    return value
+
+
+def real(name, value):
+    """Raises unless value is a real number or an array of them."""
+    given = value if hasattr(value, "dtype") else np.asarray(value)
+    if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
+        raise TypeError(f"{name} is {value!r}, of dtype {given.dtype}, but it is a real number, or an array of them.")
+
+
+def number(name, value, meaning, *, least=-np.inf, most=np.inf, above=False):
+    """Raises unless value is one real number, finite and in a range wherever it is known; `above` leaves its lower end out."""
+    real(name, value)
+    axes = jnp.ndim(value) if isinstance(value, jax.Array) else np.ndim(value)
+    within = isinstance(value, Tracer) or (not axes and (least < value if above else least <= value) and value <= most)
+    if axes or not within or (not isinstance(value, Tracer) and not np.isfinite(value)):
+        low = "" if least == -np.inf else f" {'above' if above else 'of at least'} {least:g}"
+        high = "" if most == np.inf else f"{' and' if low else ''} of at most {most:g}"
+        raise ValueError(f"{name} is {value}, but it is {meaning}: one finite number{low}{high}.")
+
+
+def setting(name, value, meaning, *, above=False):
+    """The same for a field of a pytree, at least 0 or above it, where it is a number: JAX rebuilds pytrees from other objects too."""
+    if isinstance(value, int | float | complex | np.number | str):
+        number(name, value, meaning, least=0, above=above)
+
+
+def function(name, value, wanted):
+    """Raises unless value can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} is {value!r}, but it is a function, such as {wanted}.")
+
+
+FIELD = "lambda x, t: model.apply(params, x, t)"
+"""What a field may be."""
+
+
+def whole(name, value, meaning, least=1):
+    """Raises unless value is a whole number, at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {value!r}, but it is {meaning}: a whole number, at least {least}.")
+
+
+def like(name, value, x):
+    """Raises unless value is an array of the shape of x."""
+    if not hasattr(value, "shape") and not isinstance(value, int | float):
+        raise TypeError(f"{name} is of {type(value)}, but must be one array like x, {jnp.shape(x)}: take the part that is.")
+    if jnp.shape(value) != jnp.shape(x):
+        raise ValueError(
+            f"{name} has shape {jnp.shape(value)}, but must be like x, {jnp.shape(x)}: arrays are batch first and never broadcast."
+        )
+
+
+def like_state(field, name="The field's output"):
+    """The field with its output held to the state: its shape checked, its dtype the state's."""
+
+    def checked(x, t):
+        value = field(x, t)
+        like(name, value, x)
+        return jnp.asarray(value, x.dtype)
+
+    return checked
+
+
+_ROUNDING = 1e-4
+"""How far sums of steps may end from 0 or 1."""
+
+
+def on_path(t):
+    """Raises unless times of a path are in [0, 1], up to rounding, wherever they are known; returns them."""
+    _of_floats(t)
+    if not isinstance(t, Tracer) and not ((np.asarray(t) >= -_ROUNDING) & (np.asarray(t) <= 1 + _ROUNDING)).all():
+        raise ValueError(f"t is {t}, but times go from 0, noise, to 1, data: divide the numbers of steps by how many there are.")
+    return t
+
+
+def _of_floats(t):
+    dtype = t.dtype if hasattr(t, "dtype") else np.asarray(t).dtype
+    if not isinstance(t, int | float) and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"t has dtype {dtype}, but times are floats with 0 noise and 1 data, not step numbers.")
+
+
+def times(t, x):
+    """t as floats of at least 32 bits, () or (B,)."""
+    _of_floats(t)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    t = jnp.asarray(t, dtype)
+    if t.ndim and t.shape != x.shape[:1]:
+        raise ValueError(f"t has shape {t.shape}, but it must be () or one time an example, {x.shape[:1]}, for x of shape {x.shape}.")
+    return t
+
+
+def key(key, n=None):
+    """Raises unless there is one typed key, or where n is given, one for each of n examples."""
+    dtype = getattr(key, "dtype", type(key).__name__)
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key has dtype {dtype}, but keys are typed: make one with jax.random.key(seed).")
+    if key.shape != () and (n is None or key.shape != (n,)):
+        each = "" if n is None else f", or one per example, {(n,)}"
+        raise ValueError(f"key has shape {key.shape}, but it must be one key, (){each}: jax.random.split makes more of one.")
+
+
+def grid(times, dtype, name="times"):
+    """The grid as an array of floats; its order is checked wherever its values are known, and there it stays known inside `jax.jit`."""
+    if not hasattr(times, "shape"):
+        times = np.asarray(times)
+    if jnp.ndim(times) != 1 or len(times) < 2:
+        raise ValueError(
+            f"{name} has shape {jnp.shape(times)}, but a grid is one-dimensional with at least two times, such as jnp.linspace(0, 1, 51)."
+        )
+    if not jnp.issubdtype(times.dtype, jnp.number) or jnp.issubdtype(times.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} has dtype {times.dtype}, but a grid is of real numbers, such as jnp.linspace(0, 1, 51).")
+    if not isinstance(times, Tracer):
+        values = np.asarray(times).astype(dtype)
+        backwards = np.flatnonzero(~(np.diff(values) > 0))
+        if backwards.size:
+            i = int(backwards[0])
+            raise ValueError(
+                f"{name} must increase, but {name}[{i}] is {values[i]:g} and {name}[{i + 1}] is {values[i + 1]:g} in {values.dtype}; "
+                "0 is noise, 1 is data."
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite, but they go from {values[0]:g} to {values[-1]:g}; 0 is noise, 1 is data.")
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(times, dtype)

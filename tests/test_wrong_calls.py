@@ -1,0 +1,678 @@
+"""Wrong calls: every public function with each of its arguments wrong in every way of its kind, one at a time.
+
+What comes of a wrong argument is an error of ours that names it; what comes of a right but unusual one is finite. The batch is square,
+B = D, where a (B,) value that broadcasts gives plausible wrong numbers. `python -m tests.test_wrong_calls` counts the outcomes.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fmjax
+from fmjax import (
+    adaptive,
+    averages,
+    diffusion,
+    guidance,
+    likelihood,
+    losses,
+    marginals,
+    metrics,
+    parallel,
+    paths,
+    sampling,
+    solvers,
+    targets,
+    times,
+    training,
+)
+
+LIBRARY = str(Path(fmjax.__file__).parent)
+PATH, B = paths.Linear(), 3
+MIXTURE = marginals.GaussianMixture(jnp.ones(2), jnp.array([[1.0, 0.0, 2.0], [-1.0, 0.5, 0.0]]), jnp.ones(2))
+VELOCITY, SCORE = marginals.velocity(PATH, MIXTURE), marginals.score(PATH, MIXTURE)
+X, X_0 = (jnp.asarray(np.random.default_rng(seed).normal(size=(B, B)), jnp.float32) for seed in (0, 1))
+T, GRID, KEY = jnp.array([0.2, 0.5, 0.7]), times.grid(4), jax.random.key(0)
+LABELS = jnp.array([0, 1, 2])
+STATE = training.init({"w": jnp.ones(3)}, optax.sgd(0.1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """A value in an argument's place."""
+
+    what: str
+    make: Callable[[Any], Any]
+    right: bool = False
+    """Whether it is right after all."""
+
+
+def wrong(**values):
+    """Of values, or of lambdas of the right one."""
+    made = {what: value if getattr(value, "__name__", "") == "<lambda>" else lambda _, value=value: value for what, value in values.items()}
+    return [Wrong(what.replace("_", " "), make) for what, make in made.items()]
+
+
+def right(**values):
+    return [dataclasses.replace(each, right=True) for each in wrong(**values)]
+
+
+NOT_ARRAYS = wrong(none=None, string="x")
+REAL = wrong(
+    whole_numbers=lambda x: jnp.ones(x.shape, jnp.int32), complex_numbers=lambda x: x + 1j, booleans=lambda x: jnp.ones(x.shape, bool)
+)
+SHAPES = wrong(
+    a_number=1.0,
+    one_example=lambda x: x[0],
+    numbers=lambda x: x[:, 0],
+    no_examples=lambda x: x[:0],
+    no_coordinates=lambda x: x[:, :0],
+)
+OTHER_SHAPES = wrong(
+    fewer_examples=lambda x: x[:-1],
+    a_row=lambda x: x[:1],
+    a_column=lambda x: x[:, :1],
+    another_axis=lambda x: x[:, :, None],
+)
+DTYPES = right(
+    half=lambda x: x.astype(jnp.bfloat16),
+    float16=lambda x: x.astype(jnp.float16),
+    numpy=lambda x: np.asarray(x),
+    float64=lambda x: np.asarray(x, float),
+)
+
+
+def returns(field, change):
+    return lambda *arguments: change(field(*arguments))
+
+
+FIELD = [
+    *wrong(none=None, an_array=lambda _: X),
+    *[
+        Wrong(f"gives {what}", lambda field, change=change: returns(field, change))
+        for what, change in {
+            "a row": lambda u: u[:1],
+            "a column": lambda u: u[:, :1],
+            "numbers": lambda u: u[:, 0],
+            "a sum": lambda u: u.sum(),
+            "a pair": lambda u: (u, u),
+            "nothing": lambda u: None,
+        }.items()
+    ],
+]
+PER_EXAMPLE_TIMES = [Wrong("takes a time per example", lambda field: lambda x, t: field(x, t[:, None][:, 0]))]
+NUMBER = [
+    *NOT_ARRAYS,
+    *wrong(nan=np.nan, infinite=np.inf, complex_number=1 + 1j, several=np.ones(3, np.float32), column=np.ones((3, 1), np.float32)),
+]
+KINDS: dict[str, list[Wrong]] = {
+    "path": wrong(none=None, string="linear", a_class=paths.Linear, a_field=lambda _: VELOCITY),
+    "batch": [*NOT_ARRAYS, *REAL, *SHAPES, *DTYPES],
+    "like": [*NOT_ARRAYS, *REAL, *OTHER_SHAPES, *DTYPES],
+    "value": [*NOT_ARRAYS, *OTHER_SHAPES, *DTYPES],
+    "time": [
+        *NOT_ARRAYS,
+        *wrong(a_step=7, too_late=1.5, too_early=-0.5, nan=np.nan, infinite=np.inf, complex_number=0.5j),
+        *wrong(steps=jnp.arange(3), fewer=T[:2], column=T[:, None], grid=times.grid(9), square=jnp.ones((3, 3))),
+        *right(a_number=0.5, numpy=np.float32(0.5), float64=np.float64(0.5), half=jnp.bfloat16(0.5)),
+    ],
+    "any time": wrong(
+        none=None, string="x", complex_number=0.5j, steps=jnp.arange(3), fewer=T[:2], column=T[:, None], square=jnp.ones((3, 3))
+    ),
+    "any times": [
+        *NOT_ARRAYS,
+        *wrong(too_late=1.5, too_early=-0.5, nan=np.nan, infinite=np.inf, complex_number=0.5j, some=np.array([0.1, 2.0])),
+        *right(a_number=0.5, numpy=np.array([0.1, 0.9]), square=jnp.ones((3, 3)) / 2),
+    ],
+    "key": wrong(none=None, a_seed=0, old_style=lambda _: jax.random.PRNGKey(0), several=lambda _: jax.random.split(KEY, 2), string="k"),
+    "field": FIELD,
+    "sampled field": [*FIELD, *PER_EXAMPLE_TIMES],
+    "grid": [
+        *wrong(none=None, string="x", a_number=1.0, one_time=np.zeros(1), square=np.eye(3), complex_numbers=np.array([0, 1j])),
+        *wrong(falling=times.grid(4)[::-1], equal=np.array([0, 0.5, 0.5, 1]), nan=np.array([0, np.nan, 1]), infinite=np.array([0, np.inf])),
+        *right(numpy=np.linspace(0, 0.9, 4), a_list=[0.0, 0.3, 1.0], half=jnp.linspace(0, 1, 5, dtype=jnp.bfloat16)),
+    ],
+    "path's grid": wrong(beyond_data=np.array([0, 0.5, 1.5]), before_noise=np.array([-0.5, 0.5]), in_steps=np.array([0.0, 1, 2, 3])),
+    "count": wrong(none=None, string="3", zero=0, negative=-1, fraction=1.5, nan=np.nan, true=True, several=np.arange(1, 4)),
+    "number": NUMBER,
+    "positive": [*NUMBER, *wrong(zero=0.0, negative=-1.0)],
+    "positive number": [each for each in [*NUMBER, *wrong(zero=0.0, negative=-1.0)] if each.what != "none"],
+    "at least 0": [*NUMBER, *wrong(negative=-1.0)],
+    "share": [*NUMBER, *wrong(negative=-1.0, more_than_all=1.5)],
+    "sigma": [
+        *[each for each in NUMBER if each.what != "infinite"],
+        *wrong(negative=-1.0, infinite=np.inf, gives_nan=lambda _: lambda t: jnp.sqrt(t - 0.6), gives_negative=lambda _: lambda t: t - 0.6),
+        *wrong(gives_several=lambda _: lambda t: jnp.ones(3), per_example=np.ones(B, np.float32)),
+        *right(zero=0, whole=1, numpy=np.float64(0.5), a_function=lambda _: lambda t: 1 - t),
+    ],
+    "scale": [
+        *NOT_ARRAYS,
+        *wrong(
+            nan=np.nan, infinite=np.inf, complex_number=1j, some_nan=np.array([1, np.nan, 1], np.float32), several=np.ones(2, np.float32)
+        ),
+        *wrong(a_row=np.ones((1, 2), np.float32), other_axes=np.ones((3, 1, 1), np.float32)),
+        *right(one=1, whole=3, zero=0.0, per_example=np.ones(B, np.float32), columns=np.ones((B, 1), np.float32)),
+    ],
+    "target": wrong(none=None, string="noise", a_row=(1.0, 0.0)),
+    "step": [
+        *wrong(none=None, string="heun", a_maker=solvers.ddim, another_maker=solvers.unipc, of_an_sde=sampling.euler_maruyama),
+        *wrong(of_a_diffusion=sampling.ancestral, a_maker_of_those=sampling.churn),
+        *right(remembers=solvers.adams_bashforth(2), knows_a_path=solvers.heun(PATH)),
+    ],
+    "maker": [
+        *wrong(none=None, string="heun", a_step=sampling.heun, a_made_step=solvers.heun(PATH), of_an_sde=sampling.euler_maruyama),
+        *right(another=solvers.ddim),
+    ],
+    "noisy step": [
+        *wrong(none=None, string="em", a_maker=sampling.churn, of_a_flow=sampling.heun, another=solvers.unipc(PATH, 2)),
+        *wrong(knows_a_path=solvers.ddim(PATH)),
+    ],
+    "last": [
+        *wrong(string="euler", remembers=solvers.adams_bashforth(2), a_maker=solvers.ddim, number=1.0),
+    ],
+    "every": wrong(none=None, zero=0, negative=-1, fraction=1.5, no_divisor=2, too_many=8),
+    "function": wrong(none=None, string="x", number=1.0),
+    "distribution": wrong(none=None, an_array=lambda _: X, a_path=PATH, a_field=lambda _: VELOCITY),
+    "mixture": [
+        *wrong(no_weight=marginals.GaussianMixture(jnp.zeros(2), jnp.zeros((2, 3)), 1.0)),
+        *wrong(negative_weight=marginals.GaussianMixture(jnp.array([1.0, -0.5]), jnp.zeros((2, 3)), 1.0)),
+        *wrong(negative_scale=marginals.GaussianMixture(jnp.ones(2), jnp.zeros((2, 3)), -1.0)),
+        *wrong(more_weights=marginals.GaussianMixture(jnp.ones(3), jnp.zeros((2, 3)), 1.0)),
+        *wrong(nan=marginals.GaussianMixture(jnp.ones(2), jnp.full((2, 3), jnp.nan), 1.0)),
+        *wrong(other_dimension=marginals.GaussianMixture(jnp.ones(2), jnp.zeros((2, 4)), 1.0)),
+        *wrong(no_points=marginals.Empirical(jnp.zeros((0, 3))), whole_points=marginals.Empirical(jnp.zeros((2, 3), jnp.int32))),
+        *right(one_scale=marginals.GaussianMixture(jnp.ones(2), jnp.zeros((2, 3)), 1.0), points=marginals.Empirical(jnp.zeros((2, 3)))),
+    ],
+    "labels": [
+        *wrong(one=1, fewer=jnp.array([0, 1])),
+        *right(small=jnp.array([0, 1, 2], jnp.int8), numpy=np.array([0, 1, 2])),
+    ],
+    "null": wrong(none=None, fraction=0.7, nan=np.nan, too_large=2**40, several=np.array([3, 3])),
+    "samples": [
+        *NOT_ARRAYS,
+        *wrong(complex_numbers=lambda x: x + 1j, nan=lambda x: x.at[1, 0].set(jnp.nan), infinite=lambda x: x.at[1, 0].set(jnp.inf)),
+        *wrong(numbers=lambda x: x[:, 0], none_at_all=lambda x: x[:0], other_length=lambda x: x[:, :2], one_number=1.0),
+        *DTYPES,
+    ],
+    "probes": wrong(
+        none=None,
+        string="x",
+        no_probes=lambda p: p[:, :0],
+        one_each=lambda p: p[:, 0],
+        fewer=lambda p: p[:2],
+        complex_numbers=lambda p: p + 1j,
+    ),
+    "width": [*NUMBER, *wrong(zero=0.0, negative=-0.1, beyond=0.5)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A right call, and of which kind each argument is."""
+
+    call: Callable[..., Any]
+    arguments: dict[str, Any]
+    kinds: dict[str, str]
+    """Argument to kinds, by " + "."""
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What an error may call an argument else, a regular expression."""
+
+
+def field_y(x, t, y):
+    return VELOCITY(x, t) + 0.1 * jnp.asarray(y)[:, None]
+
+
+def log_normal(x):
+    return likelihood.normal(x)
+
+
+def at(maker):
+    """A call of what a function makes, for (x, t)."""
+    return lambda x=X, t=0.5, **arguments: maker(**arguments)(x, t)
+
+
+def drawn(step):
+    """A step of a flow in its sampler."""
+    return lambda **arguments: sampling.sample_ode(VELOCITY, X, times.grid(4, 0.1, 0.9), step=step(**arguments))[0]
+
+
+def drawn_noisy(step):
+    return lambda **arguments: sampling.sample_diffusion(PATH, VELOCITY, 0.5, KEY, X, GRID, step=step(**arguments))[0]
+
+
+def loss_fn(params, key, batch):
+    return (params["w"] ** 2).sum() + batch.mean()
+
+
+CONVERT = {"source": targets.velocity, "target": targets.data}
+SAMPLE = {"x_0": X, "times": GRID, "step": sampling.heun, "last": sampling.euler, "every": 1}
+ODE_KINDS = {"x_0": "batch", "times": "grid", "step": "step", "last": "last", "every": "every"}
+GIVES = "field's output|The field"
+
+CALLS: dict[str, Call] = {
+    "paths.interpolate": Call(
+        paths.interpolate,
+        {"path": PATH, "x_0": X_0, "x_1": X, "t": T},
+        {"path": "path", "x_0": "like", "x_1": "like", "t": "time"},
+        {"x_1": "x_0|x of shape"},
+    ),
+    "paths.flow": Call(
+        paths.flow,
+        {"path": PATH, "x_0": X_0, "x_1": X, "t": T},
+        {"path": "path", "x_0": "like", "x_1": "like", "t": "time"},
+        {"x_1": "x_0|x of shape"},
+    ),
+    "paths.conditional_velocity": Call(
+        paths.conditional_velocity,
+        {"path": PATH, "x": X_0, "x_1": X, "t": T},
+        {"path": "path", "x": "like", "x_1": "like", "t": "time"},
+        {"x_1": "x"},
+    ),
+    "paths.conditional_score": Call(
+        paths.conditional_score,
+        {"path": PATH, "x": X_0, "x_1": X, "t": T},
+        {"path": "path", "x": "like", "x_1": "like", "t": "time"},
+        {"x_1": "x"},
+    ),
+    "paths.lift": Call(paths.lift, {"t": T, "x": X}, {"t": "any time"}),
+    "paths.time_at": Call(paths.time_at, {"path": PATH, "signal": T}, {"path": "path", "signal": "any times"}),
+    "targets.coefficients": Call(
+        targets.coefficients, {"path": PATH, "t": T, **CONVERT}, {"path": "path", "source": "target", "target": "target"}
+    ),
+    "targets.weight": Call(targets.weight, {"path": PATH, "t": T, **CONVERT}, {"path": "path", "source": "target", "target": "target"}),
+    "targets.convert": Call(
+        targets.convert,
+        {"path": PATH, "value": X_0, "x": X, "t": T, **CONVERT},
+        {"path": "path", "value": "like", "x": "like", "t": "time", "source": "target", "target": "target"},
+        {"x": "value"},
+    ),
+    "targets.convert_field": Call(
+        at(targets.convert_field),
+        {"path": PATH, "field": VELOCITY, **CONVERT, "x": X, "t": 0.5},
+        {"path": "path", "field": "field", "source": "target", "target": "target", "t": "time"},
+        {"field": "value"},
+    ),
+    "targets.change_path": Call(
+        at(targets.change_path),
+        {"field": VELOCITY, "source": PATH, "target": paths.Cosine(), "x": X, "t": 0.5},
+        {"field": "field", "source": "path", "target": "path", "t": "time"},
+        {"field": "value", "source": "path", "target": "path"},
+    ),
+    "losses.regression": Call(
+        losses.regression,
+        {"field": VELOCITY, "x": X, "t": T, "value": X_0},
+        {"field": "field", "x": "batch", "t": "time", "value": "value"},
+        {"field": GIVES},
+    ),
+    "losses.flow_matching": Call(
+        losses.flow_matching,
+        {"field": VELOCITY, "path": PATH, "x_0": X_0, "x_1": X, "t": T},
+        {"field": "field", "path": "path", "x_0": "like", "x_1": "like + batch", "t": "time"},
+        {"field": GIVES, "x_1": "x_0|x of shape"},
+    ),
+    "losses.denoising": Call(
+        losses.denoising,
+        {"field": VELOCITY, "path": PATH, "x_0": X_0, "x_1": X, "t": T, "target": targets.noise},
+        {"field": "field", "path": "path", "x_0": "like", "x_1": "like + batch", "t": "time", "target": "target"},
+        {"field": GIVES, "x_1": "x_0|x of shape"},
+    ),
+    "times.uniform": Call(times.uniform, {"key": KEY, "n": 3}, {"key": "key", "n": "count"}),
+    "times.stratified": Call(times.stratified, {"key": KEY, "n": 3}, {"key": "key", "n": "count"}),
+    "times.logit_normal": Call(
+        times.logit_normal,
+        {"key": KEY, "n": 3, "mean": 0.0, "std": 1.0},
+        {"key": "key", "n": "count", "mean": "number", "std": "at least 0"},
+    ),
+    "times.grid": Call(times.grid, {"steps": 3, "start": 0.0, "end": 1.0}, {"steps": "count", "start": "number", "end": "number"}),
+    "times.shift": Call(times.shift, {"t": T, "factor": 3.0}, {"t": "any times", "factor": "positive"}),
+    "times.resolution_factor": Call(times.resolution_factor, {"size": 64.0, "base": 16.0}, {"size": "positive", "base": "positive"}),
+    "times.cosine": Call(times.cosine, {"t": T}, {"t": "any times"}),
+    "times.quadratic": Call(times.quadratic, {"t": T}, {"t": "any times"}),
+    "times.karras": Call(
+        times.karras,
+        {"path": PATH, "steps": 5, "smallest": 0.01, "largest": 10.0, "rho": 7.0},
+        {"path": "path", "steps": "count", "smallest": "positive", "largest": "positive", "rho": "positive"},
+    ),
+    "times.log_ratio": Call(
+        times.log_ratio,
+        {"path": PATH, "steps": 5, "start": 0.1, "end": 0.9},
+        {"path": "path", "steps": "count", "start": "number", "end": "number"},
+    ),
+    "times.fitted": Call(
+        times.fitted,
+        {"error": lambda grid: (grid**2).sum(), "first": GRID, "iterations": 2},
+        {"error": "function", "first": "grid", "iterations": "count"},
+    ),
+    "sampling.noise": Call(sampling.noise, {"key": KEY, "shape": (3, 3)}, {"key": "key"}),
+    "sampling.reverse": Call(
+        lambda field, times: sampling.sample_ode(*sampling.reverse(field, times)[:1], X, sampling.reverse(field, times)[1])[0],
+        {"field": VELOCITY, "times": GRID},
+        {"field": "field", "times": "grid"},
+        {"field": GIVES},
+    ),
+    "sampling.extend": Call(
+        at(sampling.extend),
+        {"velocity_field": VELOCITY, "score_field": SCORE, "sigma": 0.5},
+        {"velocity_field": "field", "score_field": "field", "sigma": "sigma"},
+        {"velocity_field": "velocity", "score_field": "score"},
+    ),
+    "sampling.sde_drift": Call(
+        at(sampling.sde_drift),
+        {"path": PATH, "velocity_field": VELOCITY, "sigma": 0.5, "t": 0.4},
+        {"path": "path", "velocity_field": "field", "sigma": "sigma", "t": "time"},
+        {"velocity_field": "velocity|value"},
+    ),
+    "sampling.langevin": Call(
+        at(sampling.langevin),
+        {"score_field": SCORE, "sigma": 0.5, "t": 0.4},
+        {"score_field": "field", "sigma": "sigma"},
+        {"score_field": "score"},
+    ),
+    "sampling.sample_ode": Call(
+        lambda **a: sampling.sample_ode(**a)[0],
+        {"field": VELOCITY, **SAMPLE},
+        {"field": "sampled field", **ODE_KINDS},
+        {"field": GIVES, "step": "step|field", "last": "last|field"},
+    ),
+    "sampling.sample_sde": Call(
+        lambda **a: sampling.sample_sde(**a)[0],
+        {"drift": SCORE, "sigma": 0.5, "key": KEY, **SAMPLE, "step": sampling.euler_maruyama, "last": sampling.mean},
+        {**ODE_KINDS, "drift": "sampled field", "sigma": "sigma", "key": "key", "step": "noisy step"},
+        {"drift": f"drift|{GIVES}"},
+    ),
+    "sampling.sample_diffusion": Call(
+        lambda **a: sampling.sample_diffusion(**a)[0],
+        {"path": PATH, "velocity": VELOCITY, "sigma": 0.5, "key": KEY, **SAMPLE, "step": sampling.ancestral, "last": sampling.tweedie},
+        {
+            **ODE_KINDS,
+            "path": "path",
+            "velocity": "sampled field",
+            "sigma": "sigma",
+            "key": "key",
+            "step": "noisy step",
+            "times": "grid + path's grid",
+        },
+        {"velocity": f"velocity|{GIVES}"},
+    ),
+    "sampling.churn": Call(drawn_noisy(sampling.churn), {"make_step": solvers.heun}, {"make_step": "maker"}),
+    "sampling.predictor_corrector": Call(
+        drawn_noisy(sampling.predictor_corrector),
+        {"step": sampling.ancestral, "rate": 1.0, "corrections": 1},
+        {"step": "noisy step", "rate": "positive", "corrections": "count"},
+    ),
+    "solvers.ddim": Call(drawn(solvers.ddim), {"path": PATH}, {"path": "path"}),
+    "solvers.heun": Call(drawn(solvers.heun), {"path": PATH}, {"path": "path"}),
+    "solvers.edm_heun": Call(drawn(solvers.edm_heun), {"path": PATH}, {"path": "path"}),
+    "solvers.adams_bashforth": Call(drawn(solvers.adams_bashforth), {"order": 2}, {"order": "count"}),
+    **{
+        f"solvers.{name}": Call(
+            drawn(make), {"path": PATH, "order": 2, "clock": solvers.log_ratio}, {"path": "path", "order": "count", "clock": "function"}
+        )
+        for name, make in {"dpm_solver_pp": solvers.dpm_solver_pp, "unipc": solvers.unipc, "deis": solvers.deis}.items()
+    },
+    **{
+        f"diffusion.{name}": Call(
+            lambda make=make, **a: make(**a)(0.5), {"path": PATH, "scale": 1.0}, {"path": "path", "scale": "at least 0"}
+        )
+        for name, make in {"natural": diffusion.natural, "by_noise": diffusion.by_noise, "by_variance": diffusion.by_variance}.items()
+    },
+    **{
+        f"diffusion.{name}": Call(lambda make=make, **a: make(**a)(0.5), {"scale": 1.0}, {"scale": "at least 0"})
+        for name, make in {"decreasing": diffusion.decreasing, "bump": diffusion.bump}.items()
+    },
+    **{
+        f"guidance.{name}": Call(
+            combine,
+            {"guided": X, "unguided": X_0, "scale": 2.0},
+            {"guided": "like", "unguided": "like", "scale": "scale"},
+            {"guided": "guided|unguided"},
+        )
+        for name, combine in {"extrapolate": guidance.extrapolate, "zero_star": guidance.zero_star}.items()
+    },
+    "guidance.projected": Call(
+        lambda **a: guidance.projected(**a)(X, X_0, 2.0),
+        {"parallel": 0.5, "largest": 1.0},
+        {"parallel": "number", "largest": "positive number"},
+    ),
+    "guidance.rescaled": Call(lambda **a: guidance.rescaled(**a)(X, X_0, 2.0), {"share": 0.5}, {"share": "share"}),
+    "guidance.classifier_free": Call(
+        at(guidance.classifier_free),
+        {"field_y": field_y, "y": LABELS, "null": 3, "scale": 2.0, "combine": guidance.zero_star, "x": X, "t": 0.5},
+        {"field_y": "field", "y": "labels", "null": "null", "scale": "scale", "combine": "function"},
+        {"field_y": "field|value|labels"},
+    ),
+    "guidance.weighted": Call(
+        lambda scale, y, **a: at(guidance.weighted)(scales=[scale, 1.0], ys=[y, LABELS], **a),
+        {"field_y": field_y, "y": LABELS, "null": 3, "scale": 2.0},
+        {"field_y": "field", "y": "labels", "null": "null", "scale": "scale"},
+        {"field_y": "field|value|labels"},
+    ),
+    "guidance.autoguidance": Call(
+        at(guidance.autoguidance),
+        {"field": VELOCITY, "weak_field": SCORE, "scale": 2.0, "combine": guidance.extrapolate},
+        {"field": "field", "weak_field": "field", "scale": "scale", "combine": "function"},
+        {"weak_field": "weak field"},
+    ),
+    "guidance.interval": Call(
+        at(guidance.interval),
+        {"guided": VELOCITY, "otherwise": SCORE, "start": 0.2, "end": 0.8, "x": X, "t": 0.5},
+        {"guided": "field", "otherwise": "field", "start": "number", "end": "number"},
+        {"guided": "guided|otherwise", "otherwise": "guided|other field", "start": "start|interval", "end": "end|interval"},
+    ),
+    "guidance.classifier": Call(
+        at(guidance.classifier),
+        {"field": VELOCITY, "log_probability": lambda x, t: log_normal(x), "scale": 2.0},
+        {"field": "field", "log_probability": "function", "scale": "scale"},
+        {"field": GIVES},
+    ),
+    "guidance.linear_inverse": Call(
+        at(guidance.linear_inverse),
+        {
+            "path": PATH,
+            "field": VELOCITY,
+            "operator": lambda x: x[:2],
+            "y": X[:, :2],
+            "noise": 0.1,
+            "spread": lambda t: 1 - t,
+            "iterations": 3,
+        },
+        {
+            "path": "path",
+            "field": "field",
+            "operator": "function",
+            "y": "like",
+            "noise": "at least 0",
+            "iterations": "count",
+        },
+        {"field": "field|value"},
+    ),
+    "guidance.drop_labels": Call(
+        guidance.drop_labels, {"key": KEY, "y": LABELS, "null": 3, "rate": 0.1}, {"key": "key", "null": "null", "rate": "share"}
+    ),
+    **{
+        f"marginals.{name}": Call(
+            at(make),
+            {"path": PATH, "distribution": MIXTURE, "x": X, "t": 0.5},
+            {"path": "path", "distribution": "distribution + mixture", "x": "batch", "t": "time"},
+            {"distribution": "distribution|weights|means|scales|points"},
+        )
+        for name, make in {"velocity": marginals.velocity, "score": marginals.score, "log_density": marginals.log_density}.items()
+    },
+    **{
+        f"metrics.{name}": Call(metric, {"x": X, "y": X_0}, {"x": "samples", "y": "samples"}, {"x": "x|sets", "y": "y|sets"})
+        for name, metric in {
+            "wasserstein": metrics.wasserstein,
+            "energy_distance": metrics.energy_distance,
+            "nearest_distance": metrics.nearest_distance,
+            "frechet_distance": metrics.frechet_distance,
+        }.items()
+    },
+    "metrics.sliced_wasserstein": Call(
+        metrics.sliced_wasserstein,
+        {"key": KEY, "x": X, "y": X_0, "projections": 8},
+        {"key": "key", "x": "samples", "y": "samples", "projections": "count"},
+        {"x": "x|sets", "y": "y|sets"},
+    ),
+    "likelihood.normal": Call(likelihood.normal, {"x": X}, {"x": "batch"}),
+    "likelihood.dequantize": Call(
+        likelihood.dequantize, {"key": KEY, "x": X, "width": 0.1}, {"key": "key", "x": "batch", "width": "positive"}
+    ),
+    "likelihood.bits_per_dimension": Call(
+        likelihood.bits_per_dimension, {"log_p": T, "shape": (3,), "width": 0.1}, {"shape": "function", "width": "positive"}
+    ),
+    "likelihood.exact": Call(
+        likelihood.exact,
+        {"field": VELOCITY, "x": X, "t": 0.5, "block": 2},
+        {"field": "field", "x": "batch", "block": "count"},
+        {"field": GIVES},
+    ),
+    "likelihood.hutchinson": Call(
+        lambda field, probes: likelihood.hutchinson(probes)(field, X, 0.5),
+        {"field": VELOCITY, "probes": jnp.ones((3, 2, 3))},
+        {"field": "field", "probes": "probes"},
+        {"field": GIVES},
+    ),
+    "likelihood.hutch_plus_plus": Call(
+        lambda field, sketch, probes: likelihood.hutch_plus_plus(sketch, probes)(field, X, 0.5),
+        {"field": VELOCITY, "sketch": jax.random.normal(KEY, (3, 2, 3)), "probes": jnp.ones((3, 2, 3))},
+        {"field": "field", "sketch": "probes", "probes": "probes"},
+        {"field": GIVES},
+    ),
+    **{
+        f"likelihood.{name}": Call(
+            function,
+            {"field": VELOCITY, "log_density_0": log_normal, x: X, "times": times.grid(4, 0.0, 0.9), "divergence": likelihood.exact},
+            {"field": "sampled field", "log_density_0": "function", x: "batch", "times": "grid", "divergence": "function"},
+            {"field": f"field|{GIVES}", x: "x"},
+        )
+        for name, function, x in (("log_density", likelihood.log_density, "x_1"), ("sample", likelihood.sample, "x_0"))
+    },
+    "adaptive.sample_ode": Call(
+        adaptive.sample_ode,
+        {"field": VELOCITY, "x_0": X, "start": 0.0, "end": 0.9, "rtol": 1e-3, "atol": 1e-3, "max_steps": 100},
+        {
+            "field": "sampled field",
+            "x_0": "batch",
+            "start": "number",
+            "end": "number",
+            "rtol": "positive",
+            "atol": "positive",
+            "max_steps": "count",
+        },
+        {"field": GIVES},
+    ),
+    "averages.exponent": Call(averages.exponent, {"width": 0.1}, {"width": "width"}),
+    "averages.power": Call(lambda width: averages.power(width)(3), {"width": 0.1}, {"width": "width"}),
+    "averages.post_hoc": Call(
+        averages.post_hoc, {"snapshots": [(1, 0.05, np.ones(2)), (2, 0.1, np.ones(2))], "width": 0.1}, {"width": "width"}
+    ),
+    "training.init": Call(
+        training.init,
+        {"params": {"w": jnp.ones(3)}, "optimizer": optax.sgd(0.1), "averages": 1},
+        {"optimizer": "function"},
+    ),
+    "training.make_step": Call(
+        lambda state, **a: training.make_step(**a)(state, KEY, X)[0].params,
+        {"loss_fn": loss_fn, "optimizer": optax.sgd(0.1), "ema_decay": 0.9, "accumulate": 1, "state": STATE},
+        {"loss_fn": "function", "optimizer": "function", "accumulate": "count", "ema_decay": "share", "state": "function"},
+    ),
+    "parallel.sample": Call(
+        functools.partial(parallel.sample, progress=False),
+        {"function": lambda keys, indices: jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys), "key": KEY, "n": 3, "chunk": 2},
+        {"function": "function", "key": "key", "n": "count", "chunk": "count"},
+    ),
+}
+ELSEWHERE = {
+    "steps, which samplers call": {
+        f"sampling.{name}" for name in ("euler", "heun", "midpoint", "ralston", "rk4", "euler_maruyama", "stochastic_heun", "mean")
+    },
+    "rows and numbers, which conversions call": {f"targets.{name}" for name in ["velocity", "score", "noise", "data", "v"]}
+    | {"paths.signal_at"},
+    "clocks, which solvers call": {"solvers.log_ratio"},
+    "files and devices, in test_training.py, test_parallel.py and test_checkpoints.py": {
+        *(f"training.{name}" for name in ["check_state", "fit", "json_lines", "tensorboard"]),
+        *(
+            f"parallel.{name}"
+            for name in ["batch_sharding", "by_examples", "create", "fully_sharded", "initialize", "mesh", "place", "pmap", "replicated"]
+        ),
+        "parallel.require_memory",
+    },
+}
+CHAPTERS = "paths targets losses times sampling solvers diffusion guidance marginals metrics likelihood adaptive averages training parallel"
+
+
+def outcome(call, argument, value):
+    """How a call ends, and what is to say of it: "clear", "obscure", "finite" or "not finite"."""
+    arguments = {**call.arguments, argument: value.make(call.arguments[argument])}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = jax.block_until_ready(call.call(**arguments))
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "/jax/_src/" not in frame.filename][-1].filename.startswith(LIBRARY)
+        named = re.search(rf"(?<!\w)({argument}|{call.names.get(argument, argument)})", str(error))
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        return ("clear" if ours and frames[-1].filename.startswith(LIBRARY) and named else "obscure"), said
+    leaves = [leaf for leaf in jax.tree.leaves(result) if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)]
+    finite = all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    return ("finite" if finite else "not finite"), f"gave {str(result)[:100]}"
+
+
+def outcomes(name):
+    """Every wrong call of a function."""
+    call = CALLS[name]
+    for argument, kinds in call.kinds.items():
+        for kind in kinds.split(" + "):
+            for value in KINDS[kind]:
+                yield argument, value, *outcome(call, argument, value)
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_wrong_calls_are_named(name):
+    call = CALLS[name]
+    result = call.call(**call.arguments)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(result) if hasattr(leaf, "dtype") and leaf.dtype.kind == "f")
+    bad = [
+        f"{argument} {value.what}: {how}, {said}"
+        for argument, value, how, said in outcomes(name)
+        if how != ("finite" if value.right else "clear")
+    ]
+    assert not bad, "\n".join(bad)
+
+
+def test_every_public_function_is_here():
+    """Or in a list that says where else."""
+    public = set()
+    for chapter in CHAPTERS.split():
+        module = importlib.import_module(f"fmjax.{chapter}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if not name.startswith("_") and function.__module__.startswith(module.__name__):
+                public.add(f"{chapter}.{name}")
+    listed = set(CALLS) | set().union(*ELSEWHERE.values())
+    assert public - listed == set(), "without a row in CALLS"
+
+
+if __name__ == "__main__":
+    counts = collections.Counter()
+    for name in CALLS:
+        for argument, value, how, said in outcomes(name):
+            as_it_should = how == ("finite" if value.right else "clear")
+            counts["right" if as_it_should and value.right else how] += 1
+            if not as_it_should:
+                print(f"{name}({argument}: {value.what}): {how}, {said}")
+    print(dict(counts), sum(counts.values()))

@@ -175,7 +175,8 @@ def flow(config):
 
 def summary(kind, path, step, steps, errors, **more):
     """One row."""
-    order = float(np.log(errors[-2] / errors[-1]) / np.log(steps[-1] / steps[-2])) if min(errors[-2:]) > 0 else None
+    noisy = kind == "noise" and min(errors[-2:]) > 0
+    order = float(np.log(errors[-2] / errors[-1]) / np.log(steps[-1] / steps[-2])) if noisy else None
     return {
         "kind": kind,
         "path": path,

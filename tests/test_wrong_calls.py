@@ -26,6 +26,7 @@ import fmjax
 from fmjax import (
     adaptive,
     averages,
+    checkpoints,
     diffusion,
     guidance,
     likelihood,
@@ -40,6 +41,7 @@ from fmjax import (
     times,
     training,
 )
+from fmjax.models import layers
 
 LIBRARY = str(Path(fmjax.__file__).parent)
 PATH, B = paths.Linear(), 3
@@ -665,6 +667,124 @@ def test_every_public_function_is_here():
                 public.add(f"{chapter}.{name}")
     listed = set(CALLS) | set().union(*ELSEWHERE.values())
     assert public - listed == set(), "without a row in CALLS"
+
+
+ADAM, BATCHES = optax.adam(1e-3), [jnp.ones((4, 2))] * 4
+VP, POLYNOMIAL = paths.VariancePreserving(), paths.Polynomial(3.0)
+
+
+def trained(**changes):
+    """A loop of four steps with something wrong."""
+    step = changes.pop("step", training.make_step(loss_fn, ADAM))
+    state = changes.pop("state", training.init({"w": jnp.ones(3)}, ADAM))
+    return lambda: training.fit(
+        step, state, changes.pop("batches", BATCHES), changes.pop("key", KEY), **{"steps": 4, "progress": False, **changes}
+    )
+
+
+def stepped(state=None, **changes):
+    state = training.init({"w": jnp.ones(3)}, ADAM) if state is None else state
+    return lambda: training.make_step(changes.pop("loss_fn", loss_fn), changes.pop("optimizer", ADAM), **changes)(state, KEY, BATCHES[0])
+
+
+def by_pmap(step):
+    state = training.init({"w": jnp.ones(3)}, ADAM)
+    return lambda: parallel.pmap(step, parallel.mesh(2))(state, KEY, BATCHES[0])
+
+
+def diffused(path, step, **changes):
+    arguments = {"velocity": marginals.velocity(path, MIXTURE), "sigma": 0.5, "key": KEY, "x_0": X, "times": times.grid(4, 0.01), **changes}
+    return lambda: sampling.sample_diffusion(path, step=step, **arguments)
+
+
+def inverse(step, last=None):
+    def follow():
+        field = guidance.linear_inverse(PATH, VELOCITY, lambda x: x[:2], X[:, :2])
+        return sampling.sample_ode(field, X, times.grid(4, 0.01), step=step, last=last)
+
+    return follow
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    {
+        "a dict as state": (trained(state={"w": jnp.ones(3)}), "The state is a dict, but training has a TrainState"),
+        "no steps": (trained(steps=-1), "steps is -1"),
+        "no rows": (trained(every=0), "every is 0"),
+        "a key that is a number": (trained(key=0), "key has dtype int"),
+        "metrics without a loss": (trained(step=lambda state, key, batch: (state, {"mse": 0.0})), r"metrics are the keys \['mse'\]"),
+        "metrics that are none": (trained(step=lambda state, key, batch: (state, 0.0)), "metrics are a float, but they are a dict"),
+        "metrics of many": (trained(step=lambda state, key, batch: (state, {"loss": jnp.ones(3)})), r"'loss' has shape \(3,\)"),
+        "a loss per example": (stepped(loss_fn=lambda params, key, batch: batch.mean(1)), r"loss_fn gives shape \(4,\), .*\.mean\(\)"),
+        "a loss with more": (stepped(loss_fn=lambda params, key, batch: (batch.mean(), 1)), "loss_fn gives a tuple of 2"),
+        "another optimiser's state": (stepped(training.init({"w": jnp.ones(3)}, optax.sgd(0.1))), "opt_state is of another optimiser"),
+        "fewer averages": (stepped(ema_decay=(0.9, 0.99)), r"has 2 decays: .*averages=2"),
+        "more averages": (stepped(training.init({"w": jnp.ones(3)}, ADAM, averages=2)), "has 2 averages, but the step has one decay"),
+        "no optimiser": (lambda: training.init({"w": jnp.ones(3)}, "adam"), "optimizer is 'adam', .* optax"),
+        "parts of a batch": (stepped(accumulate=3), "The batch of 4 does not divide into the 3 parts"),
+        "a step for one device under pmap": (by_pmap(training.make_step(loss_fn, ADAM)), "axis_name=parallel.AXIS"),
+        "too few rows": (
+            lambda: parallel.sample(lambda keys, i: jnp.ones((1, 3)), KEY, 4, chunk=2, progress=False),
+            r"gives shape \(1, 3\) for 2 keys",
+        ),
+        "no checkpoints kept": (lambda: checkpoints.Series("nowhere", keep=0), "keep is 0"),
+        "a snapshot that is no triple": (lambda: averages.post_hoc([(1, 0.1)], 0.1), "Snapshot 0 is a tuple, but each is a triple"),
+        "averages of two networks": (
+            lambda: averages.post_hoc([(1, 0.1, np.ones(2)), (2, 0.1, np.ones(3))], 0.1),
+            "snapshot 1 has other arrays than the first",
+        ),
+        "labels that wrap": (
+            lambda: layers.LabelEmbedding(300, 8).init(KEY, jnp.zeros(3, jnp.uint8)),
+            "y has dtype uint8, which ends at 255, but labels are 0 to 300",
+        ),
+        "a velocity that is infinite at data, in churn": (
+            diffused(VP, sampling.churn(lambda path: sampling.heun)),
+            "is infinite at t = 1",
+        ),
+        "the drift at data, in predictor_corrector": (
+            diffused(PATH, sampling.predictor_corrector(sampling.stochastic_heun)),
+            "at t = 1, where it would be infinite",
+        ),
+        "an infinite sigma at noise, in predictor_corrector": (
+            diffused(PATH, sampling.predictor_corrector(sampling.euler_maruyama), sigma=diffusion.natural(PATH), times=GRID),
+            "at t = 0|sigma is inf at t = 0",
+        ),
+        "a flow's multistep for a diffusion": (diffused(PATH, solvers.unipc(PATH, 2)), "steps without noise are for sample_ode"),
+        "a velocity of 0 at noise": (diffused(POLYNOMIAL, sampling.ancestral, times=GRID), r"is 0 .* start=0.00\d"),
+        "a measurement without noise at data": (inverse(sampling.heun), r"spread r_t is .*0.* at t = 1.0, .* solvers.heun\(path\)"),
+        "a path of a flat source": (
+            lambda: targets.change_path(lambda x, t: 0 * x, source=POLYNOMIAL, target=PATH)(X, 0.0),
+            "the .* does not follow from the velocity at t = 0",
+        ),
+        "times beyond data": (lambda: times.shift(np.array([0.5, 1.5]), 3.0), "times go from 0, noise, to 1, data"),
+        "a path that does not rise": (lambda: paths.Polynomial(0.0), "power is 0.0, but it is the power of t"),
+        "a path that falls": (lambda: paths.VariancePreserving(-1.0), "rate_min is -1.0"),
+        "an operator that adds": (
+            lambda: guidance.linear_inverse(PATH, VELOCITY, lambda x: x + 1, X)(X, 0.5),
+            "The operator of 0 is not 0",
+        ),
+        "a number beyond float32": (lambda: metrics.energy_distance(1e30 * np.eye(3), np.eye(3)), "float32 does not hold"),
+    }.values(),
+    ids=lambda value: "" if callable(value) else value[:30],
+)
+def test_wrong_calls_of_several_parts_are_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_calls_beside_them_are_right():
+    """What stands in the errors above as the cure."""
+    assert jnp.isfinite(diffused(VP, sampling.churn(solvers.heun))()[0]).all()
+    assert jnp.isfinite(diffused(POLYNOMIAL, sampling.ancestral, times=times.grid(4, 0.002))()[0]).all()
+    assert jnp.isfinite(diffused(PATH, sampling.predictor_corrector(sampling.stochastic_heun), last=sampling.mean)()[0]).all()
+    for step, last in ((sampling.heun, sampling.euler), (solvers.heun(PATH), None), (sampling.midpoint, None)):
+        assert jnp.isfinite(inverse(step, last)()[0]).all()
+    # Distances of large numbers that differ little, and derivatives where points are the same.
+    x, y = np.float64(1e8) + np.eye(3), np.float64(1e8) + 2 * np.eye(3)
+    for metric in (metrics.energy_distance, functools.partial(metrics.sliced_wasserstein, KEY), metrics.wasserstein):
+        np.testing.assert_allclose(metric(x, y), metric(np.eye(3), 2 * np.eye(3)), rtol=1e-6)
+    assert jnp.isfinite(jax.grad(metrics.energy_distance)(X, X_0)).all()
+    assert jnp.isfinite(jax.grad(metrics.energy_distance)(X, X)).all()
 
 
 if __name__ == "__main__":

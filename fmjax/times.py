@@ -4,6 +4,8 @@ Training draws one t an example; a network errs differently at different t, so w
 Sampling follows a field along a grid, an increasing array of times that starts at noise (0) and ends at data (1).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,17 @@ import scipy.optimize
 from jax.core import Tracer
 
 from fmjax import checks, paths
+
+
+def _known(function):
+    """The same with a result that is known where its arguments are, also inside `jax.jit`: samplers check what they know."""
+
+    @functools.wraps(function)
+    def evaluated(*arguments, **named):
+        with jax.ensure_compile_time_eval():
+            return function(*arguments, **named)
+
+    return evaluated
 
 
 def _check_draw(key, n):
@@ -76,6 +89,7 @@ def _check_steps(steps, least):
         raise ValueError(f"steps={steps!r}, but the grid has at least {'one step' if least == 1 else f'{least} steps'}, a whole number.")
 
 
+@_known
 def grid(steps, start=0.0, end=1.0):
     """The uniform grid of `steps` steps, `steps + 1` times    (notes 003, "Euler Method": h = 1 / n).
 
@@ -96,6 +110,7 @@ def grid(steps, start=0.0, end=1.0):
     return jnp.linspace(start, end, steps + 1)
 
 
+@_known
 def shift(t, factor):
     """Moves times towards noise, for a factor above 1, as larger images need    (Esser et al. 2024, eq. 23, with t reversed).
 
@@ -133,6 +148,7 @@ def _check_times(t):
         raise ValueError(f"t is {t}, but times go from 0, noise, to 1, data.")
 
 
+@_known
 def cosine(t):
     """Moves times towards both ends, (1 - cos(pi t)) / 2: steps shrink towards noise and towards data.
 
@@ -145,6 +161,7 @@ def cosine(t):
     return jnp.sin(jnp.pi / 2 * t) ** 2
 
 
+@_known
 def quadratic(t):
     """Moves times towards data, 1 - (1 - t)^2: steps shrink towards data    (Song, Meng and Ermon 2021, appendix D.2).
 
@@ -157,6 +174,7 @@ def quadratic(t):
     return 1 - (1 - t) ** 2
 
 
+@_known
 def karras(path, steps, smallest=0.002, largest=80.0, rho=7.0):
     """The grid of EDM in a path's own time: powers of the noise level in equal steps, and data    (Karras et al. 2022, eq. 5).
 
@@ -183,6 +201,7 @@ def karras(path, steps, smallest=0.002, largest=80.0, rho=7.0):
     return _at_levels(path, np.append(root**rho, 0.0))
 
 
+@_known
 def log_ratio(path, steps, start, end):
     """The grid in equal steps of log(alpha_t / beta_t), half the log signal-to-noise ratio    (Lu et al. 2022a, section 5).
 

@@ -10,6 +10,8 @@ import pytest
 from benchmarks import orders
 from fmjax import paths
 
+# The velocities are exact, which the warning cannot know.
+pytestmark = pytest.mark.filterwarnings("ignore:At t = .* one step of the drift multiplies")
 RESULTS = Path(__file__).parents[1] / "results" / "orders.json"
 SECOND = ("sde_dpm_solver_pp", "churn", "stochastic_heun")
 """Of weak order 2 for sigmas up to the reverse SDE's."""

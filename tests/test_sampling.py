@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import ORDERS, errors_and_orders, mixture, name
+from battery import ORDERS, FlatEnds, errors_and_orders, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -315,6 +315,17 @@ def test_a_sigma_that_is_none_is_named(key):
             sampling.sample_sde(same, sigma, key, jnp.zeros((4, 4)), grid)
         with pytest.raises(error, match=message):
             sampling.sample_diffusion(paths.Linear(), same, sigma, key, jnp.zeros((4, 4)), grid)
+
+
+def test_a_drift_that_multiplies_errors_is_warned_of(key):
+    """On a path that comes to rest at data, where a learnt velocity's samples are lost (results/orders.json); its cures are silent."""
+    follow = lambda sigma, **more: sampling.sample_diffusion(FlatEnds(), same, sigma, key, x, times.grid(100, 0.01), **more)[0]
+    with pytest.warns(UserWarning, match=r"At t = 0.9901 one step .* multiplies .* by 4\.2e\+02, since sigma is 1 .*sampling.ancestral"):
+        follow(1.0, step=sampling.euler_maruyama)
+    with pytest.warns(UserWarning, match="one step of the drift multiplies"):
+        jax.jit(lambda: follow(1.0, step=sampling.predictor_corrector(sampling.euler_maruyama)))()
+    follow(1.0)
+    follow(diffusion.by_noise(FlatEnds()), step=sampling.euler_maruyama)
 
 
 def test_a_field_of_a_time_per_example_is_told_the_cure():

@@ -18,11 +18,14 @@ network gets wrong in E is not multiplied near data, as the drift of (3) does.
 """
 
 import functools
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from fmjax import checks, paths, targets
 from fmjax.sampling import clock as clocks
@@ -89,8 +92,8 @@ def sde_drift(path, velocity_field, sigma):
     Returns:
       A field, (x, t) -> like x, of one evaluation of `velocity_field`; its domain is beta_t > 0. It divides by beta: an error e of the
         velocity is one of about (1 + sigma_t^2 / (2 beta_t)) e near data on the linear path, and more where the velocity comes to rest
-        there, so that a sigma which does not fall with beta asks for `sample_diffusion` with its `ancestral`, or for a grid that
-        ends before: `times.grid(n, end=0.99)` and `last=tweedie`.
+        there, so that a sigma which does not fall with beta asks for `sample_diffusion(..., times.grid(100))`, whose `ancestral` does not
+        follow this drift.
     """
 
     checks.path(path)
@@ -300,14 +303,35 @@ def _bound(step, path, velocity, sigma):
     return Multistep(functools.partial(step.init, path), lambda drift, sigma, key, memory, x, t, dt: known(key, memory, x, t, dt))
 
 
-def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step=ancestral, last=None, save=None, every=1):
+_MOST = 10
+"""By how much a step may multiply what a velocity has wrong without a word."""
+
+
+def _warn(path, sigma, times):
+    """Warns where the drift of the last step multiplies the velocity's error by much, wherever that is known."""
+    if isinstance(times, Tracer) or len(times) < 2:
+        return
+    t, s = np.asarray(times)[-2:]
+    with jax.ensure_compile_time_eval():
+        noise_at = sigma(t)
+        by = (s - t) * noise_at**2 / 2 * jnp.abs(targets.coefficients(path, t, source=targets.velocity, target=targets.score)[1])
+    if not isinstance(by, Tracer) and np.asarray(by) > _MOST:
+        warnings.warn(
+            f"At t = {t:g} one step of the drift multiplies what the velocity has wrong by {float(by):.2g}, since sigma is "
+            f"{float(noise_at):.2g} where little noise is left. A learnt velocity asks for a step that knows the path, such as "
+            "step=sampling.ancestral, or a sigma that falls with beta, such as diffusion.by_noise(path).",
+            stacklevel=3,
+        )
+
+
+def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step: Any = ancestral, last: Any = None, save=None, every=1):
     """Samples a diffusion model: the SDE (3) that has the marginals of a flow, for any sigma_t, along a grid.
 
     dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    (notes 002, "SDE extension trick"; 004, "Sampling from a Diffusion Model")
 
     The score follows from the velocity on the path. `diffusion.by_noise(path)` is a good sigma: it goes with the noise that is left. A
-    constant one asks for more and more near data; `ancestral` follows it safely there, `euler_maruyama` multiplies what the network
-    gets wrong by sigma^2 / (2 beta), so let that end before data: `times.grid(n, end=0.99)` and `last=tweedie`.
+    constant one asks for more and more near data; `ancestral`, the default, and the other steps that know the path follow it safely on
+    any grid, such as `times.grid(100)`. `euler_maruyama` multiplies what the network gets wrong by sigma^2 / (2 beta) there, and warns.
     Outside `jax.jit` each call compiles anew.
 
     Args:
@@ -348,4 +372,6 @@ def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step=ancestral, 
         plain = each.within if knows else each
         if plain is not None and (end == 0 or drift_at_end(plain)):
             check_drift(drift, sigma, x_0, times, (end,))
+        if plain is not None and (end == 0 or last is not None):
+            _warn(path, sigma, times[:-1] if end == 0 and last is not None else times)
     return follow_sde(drift, sigma, key, x_0, times, bound, bound_last, save, every)

@@ -30,6 +30,7 @@ def regression(field, x, t, value):
     """
     checks.function("field", field, checks.FIELD)
     x = checks.batch("x", x)
+    checks.times(checks.on_path(t), x)
     prediction = field(x, t)
     checks.like("The field's output", prediction, x)
     checks.like("value", value, x)

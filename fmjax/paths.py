@@ -12,8 +12,11 @@ of your own is its two methods and nothing else:
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass(frozen=True)
     class Mine:
-        def alpha(self, t): return t**3
+        def alpha(self, t): return (t + t**2) / 2
         def beta(self, t): return 1 - t
+
+A path that comes to rest at noise, such as alpha_t = t^3 and beta_t = 1 - t^3, is one too; its velocity says nothing of the data there,
+so grids for steps that know the path start later.
 """
 
 import dataclasses

@@ -165,7 +165,12 @@ def convert_field(path, field, *, source, target):
     checks.path(path)
     checks.function("field", field, checks.FIELD)
     _check_targets(source, target)
-    return lambda x, t: convert(path, field(x, t), x, t, source=source, target=target)
+
+    def converted(x, t):
+        checks.times(checks.on_path(t), checks.floats("x", x))
+        return convert(path, field(x, t), x, t, source=source, target=target)
+
+    return converted
 
 
 def change_path(field, *, source, target):

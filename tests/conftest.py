@@ -26,9 +26,9 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def unoptimized():
-    """Programs are compiled as they come: for files whose tests compile for longer than they run."""
+    """Programs are compiled as they come: for tests that compile for longer than they run."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -8,6 +8,8 @@ from battery import BOUNDED, name
 
 from fmjax import guidance, marginals, paths, sampling, targets
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 MEANS = jnp.array([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]])
 WEIGHTS = jnp.array([0.2, 0.5, 0.3])
 SCALES = jnp.array([0.5, 0.6, 0.4])

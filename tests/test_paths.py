@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from fmjax import losses, paths
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 
 

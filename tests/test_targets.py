@@ -10,6 +10,8 @@ from battery import BOUNDED, PATHS, TARGETS, mixture, name
 
 from fmjax import losses, marginals, paths, sampling, targets
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 each_source = pytest.mark.parametrize("source", TARGETS, ids=name)
 each_target = pytest.mark.parametrize("target", TARGETS, ids=name)
@@ -184,8 +186,9 @@ def test_bad_input_is_named():
         targets.convert(paths.Linear(), jnp.zeros((4, 3), int), x, 0.5, **arguments)
 
 
-@pytest.mark.parametrize("source", PATHS, ids=name)
-@pytest.mark.parametrize("target", PATHS, ids=name)
+@pytest.mark.parametrize(
+    ("source", "target"), [*((path, PATHS[0]) for path in PATHS), *((PATHS[1], path) for path in PATHS), (PATHS[-1], PATHS[-1])], ids=name
+)
 def test_a_field_of_one_path_along_another_is_that_paths(source, target, key, x64):
     """The velocity that would have been learned along `target`, where the source's noise is large enough."""
     data, x = mixture(), jax.random.normal(key, (6, 2))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fmjax import marginals, paths, sampling, solvers, times
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 @pytest.mark.parametrize(
     ("draw", "distribution"),

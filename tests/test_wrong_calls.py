@@ -43,12 +43,23 @@ from fmjax import (
 )
 from fmjax.models import layers
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LIBRARY = str(Path(fmjax.__file__).parent)
 PATH, B = paths.Linear(), 3
 MIXTURE = marginals.GaussianMixture(jnp.ones(2), jnp.array([[1.0, 0.0, 2.0], [-1.0, 0.5, 0.0]]), jnp.ones(2))
-VELOCITY, SCORE = marginals.velocity(PATH, MIXTURE), marginals.score(PATH, MIXTURE)
 X, X_0 = (jnp.asarray(np.random.default_rng(seed).normal(size=(B, B)), jnp.float32) for seed in (0, 1))
 T, GRID, KEY = jnp.array([0.2, 0.5, 0.7]), times.grid(4), jax.random.key(0)
+
+
+def VELOCITY(x, t):
+    return (paths.lift(t, x) - 0.5) * x
+
+
+def SCORE(x, t):
+    return -x
+
+
 LABELS = jnp.array([0, 1, 2])
 STATE = training.init({"w": jnp.ones(3)}, optax.sgd(0.1))
 

@@ -284,7 +284,8 @@ def sample_ode(field, x_0, times, *, step: Callable[..., Any] | Multistep = heun
       field: (x, t) -> like x; t is a scalar here.
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
-      step: one step, `(field, x, t, dt) -> x`: `euler`, `heun`, `midpoint`, `rk4`, or yours; or a `Multistep`.
+      step: one step, `(field, x, t, dt) -> x`: `heun`, the default, of two evaluations, the second at t + dt; `euler`, `midpoint`, `rk4`,
+        or yours; or a `Multistep`.
       last: the last step where it is another one, as `step`: `euler` after `heun`, so that nothing is evaluated at the end.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
       every: keep only every so many states, a divisor of the number of steps without the last one.

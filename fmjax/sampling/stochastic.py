@@ -101,6 +101,7 @@ def sde_drift(path, velocity_field, sigma):
     sigma = coefficient(sigma)
 
     def drift(x, t):
+        checks.times(checks.on_path(t), checks.floats("x", x))
         u = velocity_field(x, t)
         score = targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)
         return extend(lambda x, t: u, lambda x, t: score, sigma)(x, t)
@@ -339,7 +340,8 @@ def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step: Any = ance
       velocity: (x, t) -> u_t(x), like x; t is a scalar here. Another prediction is one after `targets.convert_field`.
       sigma: the diffusion coefficient, a number or a function of t; at least 0. `fmjax.diffusion` has choices.
       key: a typed key; or one an example, (B,), of which example i then depends on the i-th alone.
-      x_0: noise, (B, ...), any float dtype; the state is float32 or wider.
+      x_0: noise as the path has it where the grid starts, (B, ...), any float dtype: N(0, I) where beta_0 = 1, as on all paths here,
+        beta_0 times that on one of yours that has more. The state is float32 or wider.
       times: an increasing grid in [0, 1], (n + 1,).
       step: `ancestral`, `sde_dpm_solver_pp`, `churn()`, `predictor_corrector()` or a `DiffusionStep` of yours; or a step for any SDE, of
         the drift that is made here: `euler_maruyama`, `stochastic_heun`.

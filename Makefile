@@ -8,7 +8,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-parallel gpu tpu-aot gpu-aot env lock clean
+.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,9 @@ bench-networks: .venv.peers/ready  ## the networks beside PyTorch's: compile tim
 
 bench-train: $(READY)  ## the train step of DiT-{S,B,L,XL}/{2,4,8}: ARGS="--model DiT-XL/2"
 	$(RUN) -m benchmarks.train_step $(ARGS)
+
+bench-orders: $(READY)  ## how fast every step converges, and what noise does to a learnt velocity
+	$(RUN) -m benchmarks.orders $(ARGS)
 
 bench-parallel: $(READY)  ## what the loop, the ways and the checkpoints cost
 	$(RUN) -m benchmarks.parallel $(ARGS)

@@ -191,7 +191,7 @@ def learnt(config):
     """What noise does where the velocity is learnt, on a path that is straight and on one that comes to rest at data."""
     data, fresh = (toy.moons(jax.random.key(seed), config.samples) for seed in (0, 1))
     optimizer, model = optax.adam(1e-3), mlp.MLP(width=128, depth=3)
-    for name in ("linear", "flat ends"):
+    for name in (each for each in ("linear", "flat ends") if each in config.paths):
         path, begin = PATHS[name], 1e-3 if name in RESTING else 0.0
 
         def loss_fn(params, key, x_1, path=path):
@@ -275,14 +275,13 @@ def draw(rows, file):
 def main(config):
     # Here it is shown what the warning says.
     warnings.filterwarnings("ignore", "At t = .* one step of the drift multiplies")
-    rows = {}
+    rows, about = {}, {**describe(), "commit": commit()}
     for part in config.parts:
         rows[part] = []
         for row in {"noise": noise, "flow": flow, "learnt": learnt}[part](config):
             print(json.dumps(row), flush=True)
             rows[part].append(row)
     if config.out:
-        about = {**describe(), "commit": commit()}
         lines = ",\n".join(json.dumps(row) for part in rows.values() for row in part)
         config.out.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
         for part, found in rows.items():

@@ -40,6 +40,7 @@ class GaussianMixture:
     def sample(self, key, n):
         """n draws, (n, ...)."""
         _check_data(self)
+        checks.key(key)
         checks.whole("n", n, "how many draws are made")
         key_component, key_noise = jax.random.split(key)
         means = jnp.asarray(self.means)
@@ -59,6 +60,7 @@ class Empirical:
     def sample(self, key, n):
         """n draws with replacement, (n, ...)."""
         _check_data(self)
+        checks.key(key)
         checks.whole("n", n, "how many draws are made")
         return jax.random.choice(key, jnp.asarray(self.points), (n,))
 

@@ -66,6 +66,8 @@ def _pair(x, y, vectors=_vectors):
         largest = max(np.abs(x).max(), np.abs(y).max())
         if largest > np.finfo(np.float32).max ** 0.5 / len(x[0].reshape(-1)):
             raise ValueError(f"Samples are up to {largest:g} from the mean of y, whose squares float32 does not hold: scale both sets.")
+        if 0 < largest < 1e-15:
+            raise ValueError(f"Samples are within {largest:g} of the mean of y, whose squares are 0 in float32: scale both sets.")
     return vectors(x).reshape(len(x), -1), vectors(y).reshape(len(y), -1)
 
 

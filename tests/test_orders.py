@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import orders
-from fmjax import paths
+from fmjax import paths, sampling
 
 # The velocities are exact, which the warning cannot know.
 pytestmark = pytest.mark.filterwarnings("ignore:At t = .* one step of the drift multiplies")
@@ -57,6 +57,26 @@ def test_flows_fall_to_rounding(path, fine, most, steps, monkeypatch):
     monkeypatch.setattr(orders, "FLOWS", {name: orders.FLOWS[name] for name in steps})
     for row in orders.flow(orders.Config(fine=(fine,), points=64, paths=(path,))):
         assert max(row["errors"]) < most, row
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_learnt_velocities_are_sampled(monkeypatch):
+    monkeypatch.setattr(orders, "NOISY", {"ancestral": sampling.ancestral})
+    rows = list(orders.learnt(orders.Config(train=2, samples=20, paths=("linear",))))
+    assert [row["step"] for row in rows] == ["data", *4 * ["ancestral", "euler_maruyama to .99, tweedie"]]
+    assert all(row["energy_distance"] > 0 for row in rows)
+
+
+def test_a_learnt_velocity_is_safe_with_steps_that_know_the_path():
+    """And not with the drift of a constant sigma, whatever the grid: what the warning and the page on solvers say."""
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["kind"] == "learnt" and row["step"] != "data"]
+    drifts = ("euler_maruyama", "stochastic_heun", "euler_maruyama to .99, tweedie")
+    assert len(rows) == 2 * 4 * (len(orders.NOISY) + 1)
+    for row in rows:
+        if row["step"] not in drifts or row["sigma"] in ("0", "2 beta"):
+            assert row["energy_distance"] < 0.08, row
+    lost = [row["energy_distance"] for row in rows if row["path"] == "flat ends" and row["sigma"] == "2" and row["step"] in drifts]
+    assert all(distance is None or distance > 1 for distance in lost)
 
 
 def test_the_pictures_are_drawn(tmp_path):

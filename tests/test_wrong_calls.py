@@ -526,6 +526,10 @@ CALLS: dict[str, Call] = {
         for name, make in {"velocity": marginals.velocity, "score": marginals.score, "log_density": marginals.log_density}.items()
     },
     **{
+        f"marginals.{type(data).__name__}.sample": Call(data.sample, {"key": KEY, "n": 3}, {"key": "key", "n": "count"})
+        for data in (MIXTURE, marginals.Empirical(X))
+    },
+    **{
         f"metrics.{name}": Call(metric, {"x": X, "y": X_0}, {"x": "samples", "y": "samples"}, {"x": "x|sets", "y": "y|sets"})
         for name, metric in {
             "wasserstein": metrics.wasserstein,
@@ -774,6 +778,7 @@ def inverse(step, last=None):
             lambda: guidance.linear_inverse(PATH, VELOCITY, lambda x: x + 1, X)(X, 0.5),
             "The operator of 0 is not 0",
         ),
+        "numbers below float32": (lambda: metrics.energy_distance(1e-30 * np.eye(3), np.zeros((3, 3))), "are 0 in float32"),
         "a number beyond float32": (lambda: metrics.energy_distance(1e30 * np.eye(3), np.eye(3)), "float32 does not hold"),
     }.values(),
     ids=lambda value: "" if callable(value) else value[:30],

@@ -8,6 +8,7 @@
 Three samplers follow them: `sample_ode(field, ...)` follows (1); `sample_diffusion(path, velocity, sigma, ...)` follows (3), and
 names the path, the velocity and sigma once, whatever the step; `sample_sde(drift, sigma, ...)` follows any other SDE.
 Compile them: each call outside `jax.jit` compiles again, as in `jax.jit(lambda params, x_0: sample_ode(field(params), x_0, times)[0])`.
+They check a grid whose values they know: one of `fmjax.times`, or one made outside `jax.jit`; not a `jnp.linspace` inside.
 """
 
 from fmjax.sampling.scan import (

@@ -162,6 +162,10 @@ _DATA = _Held(lambda z, at, slope: z + at.noise * slope, lambda r: 1 / r.noise, 
 _NOISE = _Held(lambda z, at, slope: z - at.data * slope, lambda r: -1 / r.data, lambda at: 1 / at.data)
 
 
+def _both(*positions):
+    return jax.tree.map(lambda *each: jnp.stack(each), *positions)
+
+
 def _multistep(path, held, order, *, corrected=False, start=None, clock=clocks.identity):
     """(2), and its corrector: the last step again with the new value among the nodes, always or only while starting."""
     checks.path(path)
@@ -170,6 +174,8 @@ def _multistep(path, held, order, *, corrected=False, start=None, clock=clocks.i
     # A value more than the predictor's, for the corrector looks back from the start of its step.
     length = order if corrected or order > 1 else 0
 
+    # Of two steps at once, which is half of the program.
+    @jax.vmap
     def weights(nodes, known, start, end):
         step = clocks.ahead(start, end)
         return clocks.basis_weights(clock, nodes, known, start, end, lambda r, share: step * (1 - share) * held.q(r))
@@ -185,18 +191,21 @@ def _multistep(path, held, order, *, corrected=False, start=None, clock=clocks.i
             # Where nothing is mended, any two positions: what is thrown away must be finite, or derivatives are not.
             last = clocks.Position(jnp.where(mend, nodes.data[0], 0.25), jnp.where(mend, nodes.noise[0], 0.75))
             now = clocks.Position(jnp.where(mend, here.data, 0.5), jnp.where(mend, here.noise, 0.5))
-            known = mend & (jnp.arange(length) < jnp.minimum(index, order))
             older = jax.tree.map(lambda a: a[1:], nodes)
-            change = clocks.combine(
-                weights(clocks.push(now, older, length), known, last, now), clocks.push(value, values[1:], length) - values[:1]
+            for_last, for_next = weights(
+                _both(clocks.push(now, older, length), nodes),
+                jnp.stack([mend & (jnp.arange(length) < jnp.minimum(index, order)), jnp.arange(length) < jnp.minimum(index, order - 1)]),
+                _both(last, here),
+                _both(now, there),
             )
+            change = clocks.combine(for_last, clocks.push(value, values[1:], length) - values[:1])
             mended = jnp.where(mend, clocks.ahead(last, now) * slope_last + change - moved_last, 0)
             slope = slope + held.pull(now) * mended
             z, x = z + mended, x + clocks.size(path, t) * mended
 
-        kept = jax.tree.map(lambda a: a[: order - 1], nodes)
-        change = clocks.combine(weights(kept, jnp.arange(order - 1) < index, here, there), values[: order - 1] - value[None])
-        moved = clocks.ahead(here, there) * slope + change
+        moved = clocks.ahead(here, there) * slope
+        if order > 1:
+            moved = moved + clocks.combine(for_next[: order - 1], values[: order - 1] - value[None])
         x_next = clocks.leave(path, x, z, moved, t, dt)
         if start is not None:
             x_next = lax.cond(index == 0, functools.partial(start, field, x, t, dt), lambda: x_next)

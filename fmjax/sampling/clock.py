@@ -118,12 +118,14 @@ def basis_weights(clock, nodes, known, start, end, kernel):
     others = known[None, :] & ~np.eye(len(known), dtype=bool)
     gaps = jnp.where(others, offsets[:, None] - offsets[None, :], 1)
 
-    def basis(share):
-        k = clock(between(origin, within, share), origin)
-        return k / offsets * jnp.where(others, (k - offsets[None, :]) / gaps, 1).prod(1)
-
     shares = jnp.asarray(NODES, step.dtype)
-    slopes = jax.vmap(jax.jacfwd(basis))(shares)
+    k, moves = jax.jvp(lambda share: clock(between(origin, within, share), origin), (shares,), (jnp.ones_like(shares),))
+    # l_j is a product, whose derivative is the sum of what is left where one factor after the other gives way to its own.
+    away = (k[:, None] - offsets[None])[:, None, :]
+    factors = jnp.concatenate([k[:, None, None] / offsets[None, :, None], jnp.where(others[None], away / gaps[None], 1)], -1)
+    rates = jnp.concatenate([1 / offsets[:, None], jnp.where(others, 1 / gaps, 0)], -1)
+    rest = jnp.where(np.eye(len(known) + 1, dtype=bool)[None, None], 1, factors[:, :, None, :]).prod(-1)
+    slopes = moves[:, None] * (rates[None] * rest).sum(-1)
     return jnp.where(known, jnp.asarray(WEIGHTS, step.dtype) * kernel(between(start, step, shares), shares) @ slopes, 0)
 
 

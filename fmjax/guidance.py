@@ -109,7 +109,9 @@ def rescaled(share=0.7):
 def _dot(a, b):
     """Of each example, (B, 1, ..., 1)."""
     checks.batch("The guided value", a)
-    return (a * b).sum(tuple(range(1, a.ndim)), keepdims=True)
+    # Half precision has no numbers for the squares of a large image.
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return (a.astype(wide) * b.astype(wide)).sum(tuple(range(1, a.ndim)), keepdims=True)
 
 
 def _share(a, b):
@@ -151,7 +153,8 @@ def _nulls(null, y):
 def _null_like(null, y):
     """The null in y's dtype, which must hold it: cast, 256 is class 0 in uint8, and 0.7 in any integer."""
     given = jnp.asarray(null) if isinstance(null, Tracer) else np.asarray(null)
-    if given.dtype == object or (given.dtype == bool) != (y.dtype == bool):
+    real = given.dtype == bool or jnp.issubdtype(given.dtype, jnp.integer) or jnp.issubdtype(given.dtype, jnp.floating)
+    if not real or (given.dtype == bool) != (y.dtype == bool):
         raise TypeError(
             f"null is {null!r}, but y has dtype {y.dtype}: it is the condition that stands for none, a label such as the number of "
             "classes, or an array like one example's y."

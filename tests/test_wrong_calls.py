@@ -688,6 +688,16 @@ ADAM, BATCHES = optax.adam(1e-3), [jnp.ones((4, 2))] * 4
 VP, POLYNOMIAL = paths.VariancePreserving(), paths.Polynomial(3.0)
 
 
+class TurnsBack:
+    """A path of a user's own whose noise rises in between."""
+
+    def alpha(self, t):
+        return t
+
+    def beta(self, t):
+        return (1 - t) * (1 + 6 * t * jnp.sin(3 * jnp.pi * t) ** 2)
+
+
 def trained(**changes):
     """A loop of four steps with something wrong."""
     step = changes.pop("step", training.make_step(loss_fn, ADAM))
@@ -766,6 +776,19 @@ def inverse(step, last=None):
         ),
         "a flow's multistep for a diffusion": (diffused(PATH, solvers.unipc(PATH, 2)), "steps without noise are for sample_ode"),
         "a velocity of 0 at noise": (diffused(POLYNOMIAL, sampling.ancestral, times=GRID), r"is 0 .* start=0.00\d"),
+        "a last step of another shape": (
+            lambda: sampling.sample_ode(VELOCITY, X, GRID, step=sampling.euler, last=lambda field, x, t, dt: x[:1]),
+            r"The last step's output has shape \(1, 3\)",
+        ),
+        "a null that is a string": (
+            lambda: guidance.classifier_free(field_y, jnp.ones(3), "3", 2.0),
+            "null is '3', but y has dtype float32",
+        ),
+        "a path that turns back": (diffused(TurnsBack(), sampling.churn()), "alpha / beta falls from t = .* sampling.heun"),
+        "a path that turns back, in a flow": (
+            lambda: sampling.sample_ode(VELOCITY, X, GRID, step=solvers.unipc(TurnsBack(), 2)),
+            "alpha / beta falls from t = .* sampling.heun",
+        ),
         "a measurement without noise at data": (inverse(sampling.heun), r"spread r_t is .*0.* at t = 1.0, .* solvers.heun\(path\)"),
         "a path of a flat source": (
             lambda: targets.change_path(lambda x, t: 0 * x, source=POLYNOMIAL, target=PATH)(X, 0.0),
@@ -801,6 +824,9 @@ def test_calls_beside_them_are_right():
         np.testing.assert_allclose(metric(x, y), metric(np.eye(3), 2 * np.eye(3)), rtol=1e-6)
     assert jnp.isfinite(jax.grad(metrics.energy_distance)(X, X_0)).all()
     assert jnp.isfinite(jax.grad(metrics.energy_distance)(X, X)).all()
+    # Sums over large images in half precision.
+    large = jnp.full((2, 70_000), 2, jnp.float16)
+    np.testing.assert_allclose(guidance.zero_star(large, large, 3.0), 2, rtol=1e-3)
 
 
 if __name__ == "__main__":

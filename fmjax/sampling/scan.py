@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import checks, targets
+from fmjax import checks, paths, targets
 
 
 class Multistep(NamedTuple):
@@ -263,7 +263,8 @@ def follow(advance, memory, x_0, times, last, save, every):
         (_, x), saved = lax.scan(several, carry, jax.tree.map(lambda a: a.reshape(-1, every), intervals))
     states = [] if save is None else [_alone(save(x_0.astype(dtype), times[0])), saved]
     if last is not None:
-        x = last(steps, x, times[-2], times[-1] - times[-2])
+        before, x = x, last(steps, x, times[-2], times[-1] - times[-2])
+        checks.like("The last step's output", x, before)
         states += [] if save is None else [_alone(save(x, times[-1]))]
     return x.astype(x_0.dtype), jax.tree.map(lambda *some: jnp.concatenate(some), *states) if states else None
 
@@ -485,6 +486,7 @@ def check_domain(path, times):
             alpha, beta = path.alpha(t), path.beta(t)
             return jnp.nan_to_num(jnp.abs(alpha * b - beta * a) / (alpha + beta))
 
+    _check_rises(path, times)
     first = np.asarray(times)[0]
     found = says(first)
     if isinstance(found, Tracer) or np.asarray(found) > _LEAST_SAID:
@@ -496,6 +498,23 @@ def check_domain(path, times):
         f"The velocity of {path} is 0 or in proportion to the state at t = {first:g} and says nothing of the data there, which this step "
         f"asks for: start the grid later{cure}."
     )
+
+
+def _check_rises(path, times):
+    """Raises where a path loses data on the way, so that a time does not follow from a noise level."""
+    first, last = np.asarray(times)[[0, -1]]
+    t = first + (last - first) * np.linspace(0, 1, 34, dtype=times.dtype)
+    with jax.ensure_compile_time_eval():
+        signal = paths.signal_at(path, t)
+    if isinstance(signal, Tracer):
+        return
+    falls = np.flatnonzero(np.diff(np.asarray(signal, np.float64)) < -1e-6)
+    if falls.size:
+        i = int(falls[0])
+        raise ValueError(
+            f"On {path} alpha / beta falls from t = {t[i]:.3g} to {t[i + 1]:.3g}, but steps that know a path go from noise to data as it "
+            "rises: take a step for any field, such as sampling.heun or sampling.euler_maruyama."
+        )
 
 
 _LEAST_SAID = 1e-8

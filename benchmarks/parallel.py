@@ -7,7 +7,7 @@ What a row says, and how it is measured, is at the head of `benchmarks/rows.py`.
 
 - `loop`: `training.fit` over the bare compiled step, `every` steps of one and of the other in turns, both with their metrics fetched.
 - `ways`: `parallel.pmap` and a mesh of one device over `jax.jit` alone.
-- `stall`: how long training waits for `Series.save` of a transformer's state, over the time until it is written.
+- `stall`: how long training waits for `Checkpointer.save` of a transformer's state, over the time until it is written.
 - `pictures`: images a second of `data.pipeline` from memory, and of a bare copy of as many.
 """
 
@@ -115,7 +115,7 @@ def loop(config):
             last[0] = time.perf_counter()
 
         steps = (config.rows + 1) * config.every
-        training.fit(make(), state, batches(), key, steps=steps, every=config.every, callbacks=[bare], progress=False)
+        training.fit(make(), training.Run(state, key), batches(), steps=steps, log_every=config.every, callbacks=[bare], progress=False)
         return wall[1:]
 
     measured = np.array([once() for _ in range(config.repeats)])
@@ -142,15 +142,15 @@ def stall(config):
     jax.block_until_ready(state)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
     wall = []
-    with tempfile.TemporaryDirectory() as folder, checkpoints.Series(folder, keep=1) as series:
+    with tempfile.TemporaryDirectory() as folder, checkpoints.Checkpointer(folder, keep=1) as checkpointer:
         for i in range(config.saves + 1):
             seconds = []
             for j, wait in enumerate((False, True)):
                 state = dataclasses.replace(state, step=jnp.int32(2 * i + j))
                 start = time.perf_counter()
-                series.save(state, jax.random.key(0), wait=wait)
+                checkpointer.save(training.Run(state, jax.random.key(0)), wait=wait)
                 seconds.append(time.perf_counter() - start)
-                series._finish()
+                checkpointer._finish()
             wall.append(seconds)
     measured = np.array(wall[1:])[:, None]
     yield rows.ratio(f"a save of {config.model}, {size:.2g} GB, asynchronous over blocking: stall", (measured, measured), 0, 1)

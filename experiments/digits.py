@@ -1,17 +1,17 @@
 """Handwritten digits by class: a flow model with classifier-free guidance, trained here and now.
 
     python -m experiments.digits                       trains, samples and draws, in runs/digits
-    python -m experiments.digits --no-train --seed 1   samples again from the checkpoint there
+    python -m experiments.digits --no-train --seed 1   samples again from the last checkpoint there
 
 A small DiT learns the velocity of the linear path on scikit-learn's 1,437 training digits of 8 x 8 pixels. Two to
 five minutes on two CPU cores. At guidance 3 and 5 all labels are read back right; without guidance the samples are 1.1 to 1.3
 times as far from held-out digits, in Fréchet distance, as the training digits are, and no closer to these than held-out
-digits. The folder of the run then holds config.json, metrics.json, loss.png, samples.png, trajectories.png, checkpoint/.
+digits. The folder of the run then holds config.json, metrics.json, loss.png, samples.png, trajectories.png, checkpoints/.
+A run that was killed goes on with the same command.
 """
 
 import dataclasses
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,6 +23,7 @@ import optax
 import tyro
 from sklearn.svm import SVC
 
+from experiments import folder
 from fmjax import checkpoints, guidance, losses, metrics, paths, pictures, sampling, times, training
 from fmjax.data import digits
 from fmjax.models import dit
@@ -35,7 +36,7 @@ class Config:
     folder: Path = Path("runs/digits")
     """Where the run is written."""
     train: bool = True
-    """Whether to train; otherwise the checkpoint in the folder is sampled again (with the network's flags as then)."""
+    """Whether to train; otherwise the last checkpoint in the folder is sampled again (with the network's flags as then)."""
     path: paths.Linear | paths.Cosine | paths.Polynomial = paths.Linear()
     """How noise becomes data."""
     patch: int = 4
@@ -70,9 +71,16 @@ class Config:
     """Of everything random."""
 
 
+FREE = ("train", "guidance", "samples", "sampling_steps")
+
+
 def main(config: Config):
+    with folder.claim(config, free=FREE, trains=config.train):
+        run(config)
+
+
+def run(config):
     start = time.perf_counter()
-    config.folder.mkdir(parents=True, exist_ok=True)
     (train, train_labels), (test, test_labels) = digits.load()
     model = dit.DiT(config.patch, config.width, config.depth, config.heads, digits.CLASSES, dropout=config.dropout)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 20, config.steps)
@@ -90,30 +98,25 @@ def main(config: Config):
 
         return losses.flow_matching(field, config.path, x_0, x_1, t).mean()
 
-    def batches():
-        images, labels = jnp.asarray(train), jnp.asarray(train_labels)
+    pool = jnp.asarray(train), jnp.asarray(train_labels)
 
-        @jax.jit
-        def take(step):
-            index = jax.random.choice(jax.random.fold_in(key_batch, step), len(images), (config.batch,), replace=False)
-            return images[index], labels[index]
-
-        yield from map(take, range(config.steps))
+    @jax.jit
+    def batch(step):
+        index = jax.random.choice(jax.random.fold_in(key_batch, step), len(train), (config.batch,), replace=False)
+        return tuple(part[index] for part in pool)
 
     def initial():
         return training.init(model.init(key_init, train[:1], 0.5, train_labels[:1]), optimizer)
 
-    checkpoint = config.folder / "checkpoint"
     if config.train:
-        (config.folder / "config.json").write_text(
-            json.dumps(dataclasses.asdict(config) | {"path": repr(config.path)}, indent=2, default=str) + "\n"
-        )
         step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
-        save = functools.partial(checkpoints.save, checkpoint)
-        state, history = training.fit(step, jax.jit(initial)(), batches(), key_train, steps=config.steps, every=25, save=save)
-        pictures.loss(config.folder / "loss.png", history, "flow matching loss a pixel")
+        with checkpoints.Checkpointer(config.folder / "checkpoints", keep=1) as checkpointer:
+            begun = checkpointer.resume(training.Run(jax.jit(initial)(), key_train))
+            ended = training.fit(step, begun, batch, steps=config.steps, log_every=25, save=checkpointer.save, save_every=500)
+        pictures.loss(config.folder / "loss.png", ended.history, "flow matching loss a pixel")
+        state = ended.state
     else:
-        state = checkpoints.restore(checkpoint, jax.eval_shape(initial))
+        state = checkpoints.restore(config.folder / "checkpoints", jax.eval_shape(initial))
     trained = time.perf_counter()
 
     grid = times.grid(config.sampling_steps)
@@ -148,10 +151,7 @@ def main(config: Config):
     moments = sample(state.ema, x_0[:: config.samples], y[:: config.samples], config.guidance[len(config.guidance) // 2], keep)[1]
     pictures.trajectories(config.folder / "trajectories.png", moments, grid, range(digits.CLASSES))
     report |= {"seconds to train": trained - start, "seconds in all": time.perf_counter() - start}
-    (config.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    for name, value in report.items():
-        print(f"{name:56} {value:8.3f}")
-    print(f"\nThe run is in {config.folder}/: samples.png, trajectories.png, loss.png, metrics.json, config.json, checkpoint/")
+    folder.report(config.folder, report, "samples.png, trajectories.png, loss.png, metrics.json, config.json, checkpoints/")
 
 
 def flat(images):

@@ -4,12 +4,13 @@
     python -m experiments.fashion_mnist unet         a narrow U-Net, for two CPU cores
     python -m experiments.fashion_mnist lab-dit      the course's transformer of 2026, for a GPU
     python -m experiments.fashion_mnist lab-unet     the course's U-Net of 2025, for a GPU
-    python -m experiments.fashion_mnist dit --no-train --seed 1      samples again from the checkpoint
+    python -m experiments.fashion_mnist dit --no-train --seed 1      samples again from the last checkpoint
 
 The first two take under an hour on two CPU cores; the others have the course's settings, 20,000 steps of 256 images and 5,000
 of 250. A small convolutional network, trained here on the real images, reads the labels of samples back, and its features
 give the Frechet distance; its own accuracy on held-out clothes stands beside. The folder of the run then holds config.json,
-metrics.json, loss.png, samples.png, trajectories.png and checkpoint/. What came out is in results/fashion_mnist.json.
+metrics.json, loss.png, samples.png, trajectories.png and checkpoints/; a run that was killed goes on with the same command. What came out
+is in results/fashion_mnist.json.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ import tyro
 from flax import linen as nn
 
 from benchmarks import rows
-from fmjax import checkpoints, guidance, losses, metrics, paths, pictures, sampling, solvers, targets, times, training
+from experiments import folder
+from fmjax import checkpoints, files, guidance, losses, metrics, paths, pictures, sampling, solvers, targets, times, training
 from fmjax.data import fashion_mnist, images, pipeline
 from fmjax.models import dit, layers, unet
 
@@ -68,7 +70,7 @@ class Config:
     results: Path | None = None
     """A JSON file that gets this run's numbers, under the name of its folder, beside those of other runs."""
     train: bool = True
-    """Whether to train; otherwise the checkpoint in the folder is sampled again (with the network's flags as then)."""
+    """Whether to train; otherwise the last checkpoint in the folder is sampled again (with the network's flags as then)."""
     network: Transformer | UNet = Transformer()
     """What learns the velocity."""
     path: paths.Linear | paths.Cosine | paths.Polynomial = paths.Linear()
@@ -148,14 +150,22 @@ class Judge(nn.Module):
         return nn.Dense(fashion_mnist.CLASSES)(features), features
 
 
+FREE = ("data_dir", "results", "train", "guidance", "samples", "sampling_steps", "judge_epochs")
+
+
 def main(config: Config):
     if config.warm_up >= config.steps:
         raise SystemExit(f"--warm-up is {config.warm_up} steps of {config.steps} in all: give fewer, or more --steps.")
+    data = fashion_mnist.load(config.data_dir)
+    with folder.claim(config, free=FREE, trains=config.train):
+        run(config, data)
+
+
+def run(config, data):
     start = time.perf_counter()
-    (train, train_labels), (test, test_labels) = fashion_mnist.load(config.data_dir)
+    (train, train_labels), (test, test_labels) = data
     classes = fashion_mnist.CLASSES
     model = make_network(config.network)
-    config.folder.mkdir(parents=True, exist_ok=True)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warm_up, config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay))
     key_init, key_train, key_judge, key_test, key_sample = jax.random.split(jax.random.key(config.seed), 5)
@@ -171,24 +181,22 @@ def main(config: Config):
         return pipeline.to_device(pipeline.batches(images.arrays(train, train_labels), size, seed=seed, threads=0))
 
     state = training.init(jax.jit(model.init)(key_init, train[:1], 0.5, train_labels[:1]), optimizer)
-    checkpoint = config.folder / "checkpoint"
     report: dict[str, float] = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
     if config.train:
-        (config.folder / "config.json").write_text(
-            json.dumps(dataclasses.asdict(config) | {"path": repr(config.path)}, indent=2, default=str) + "\n"
-        )
         step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
-        save = functools.partial(checkpoints.save, checkpoint)
-        began = time.perf_counter()
-        state, history = training.fit(step, state, batches(config.batch, config.seed), key_train, steps=config.steps, every=25, save=save)
+        with checkpoints.Checkpointer(config.folder / "checkpoints", keep=1) as checkpointer:
+            begun = checkpointer.resume(training.Run(state, key_train))
+            began, left = time.perf_counter(), config.steps - int(begun.state.step)
+            stream = batches(config.batch, config.seed)
+            ended = training.fit(step, begun, stream, steps=config.steps, log_every=25, save=checkpointer.save, save_every=250)
+        state, history = ended.state, ended.history
         last = [row["loss"] for row in history[-max(1, len(history) // 10) :]]
-        report |= {
-            "steps a second": config.steps / (time.perf_counter() - began),
-            "training loss a pixel, last tenth": float(np.mean(last)),
-        }
+        report["training loss a pixel, last tenth"] = float(np.mean(last))
+        if left > 0:
+            report["steps a second"] = left / (time.perf_counter() - began)
         pictures.loss(config.folder / "loss.png", history, "flow matching loss a pixel")
     else:
-        state = checkpoints.restore(checkpoint, state)
+        state = checkpoints.restore(config.folder / "checkpoints", state)
     trained = time.perf_counter()
 
     @jax.jit
@@ -236,12 +244,10 @@ def main(config: Config):
     moments = sample(state.ema, x_0[:: config.samples], y[:: config.samples], middle, keep)[1]
     pictures.trajectories(config.folder / "trajectories.png", moments, grid, fashion_mnist.NAMES)
     report |= {"seconds to train": trained - start, "seconds in all": time.perf_counter() - start}
-    (config.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     if config.results is not None:
         record(config, report)
-    for name, value in report.items():
-        print(f"{name:64} {value:10.3f}")
-    print(f"\nThe run is in {config.folder}/: samples.png, trajectories.png, loss.png, metrics.json, config.json, checkpoint/")
+    made = "samples.png, trajectories.png, loss.png, metrics.json, config.json, checkpoints/"
+    folder.report(config.folder, report, made)
 
 
 def make_network(network):
@@ -265,11 +271,11 @@ def make_judge(config, batches, key):
     stream = batches(size, config.seed + 1)
     clothes, _ = next(stream)
     state = training.init(jax.jit(judge.init)(key, clothes[:1]), optimizer)
-    state, _ = training.fit(training.make_step(loss_fn, optimizer), state, stream, key, steps=steps)
+    params = training.fit(training.make_step(loss_fn, optimizer), training.Run(state, key), stream, steps=steps).state.params
     apply = jax.jit(judge.apply)
 
     def read(clothes):
-        parts = [apply(state.params, part) for part in np.array_split(clothes, max(1, len(clothes) // 1000))]
+        parts = [apply(params, part) for part in np.array_split(clothes, max(1, len(clothes) // 1000))]
         return tuple(np.concatenate(values) for values in zip(*parts, strict=True))
 
     return read
@@ -288,7 +294,8 @@ def record(config, report):
     runs = json.loads(config.results.read_text()) if config.results.exists() else {}
     runs[config.folder.name] = rows.describe() | {"jax": jax.__version__, "settings": settings} | report | lab
     config.results.parent.mkdir(parents=True, exist_ok=True)
-    config.results.write_text(json.dumps(runs, indent=2) + "\n")
+    with files.replacing(config.results) as part:
+        part.write_text(json.dumps(runs, indent=2) + "\n")
 
 
 def keep(x, t):

@@ -87,7 +87,7 @@ def network(run):
     def initial(key):
         return training.init(model.init(key, jnp.zeros((1, 8, 8, 1)), 0.5, jnp.zeros(1, int)), optimizer)
 
-    params = checkpoints.restore(run / "checkpoint", jax.eval_shape(initial, jax.random.key(0))).ema
+    params = checkpoints.restore(run / "checkpoints", jax.eval_shape(initial, jax.random.key(0))).ema
     return lambda x, t, y: model.apply(params, x, t, y)
 
 

@@ -13,7 +13,6 @@ the way, and checkpoints/.
 
 import dataclasses
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -24,6 +23,7 @@ import numpy as np
 import optax
 import tyro
 
+from experiments import folder
 from fmjax import averages, checkpoints, guidance, losses, parallel, paths, pictures, sampling, times, training
 from fmjax.data import fashion_mnist, images, latents, pipeline
 from fmjax.models import dit
@@ -131,6 +131,9 @@ CONFIGS = {
 }
 
 
+FREE = ("steps", "way", "remat", "save_every", "keep", "threads", "trace", "cache", "distributed", "coordinator", "processes", "index")
+
+
 def main(config: Config):
     for name in ("save_every", "look_every"):
         if getattr(config, name) % config.every:
@@ -140,14 +143,20 @@ def main(config: Config):
         jax.config.update("jax_compilation_cache_dir", str(config.cache))
     if config.distributed or config.coordinator is not None or config.processes is not None or config.index is not None:
         parallel.initialize(config.coordinator, config.processes, config.index)
-    mesh = parallel.mesh()
-    spread = parallel.batch_sharding(mesh, config.batch)
     source = open_data(config)
     if source.classes and len(source.classes) != config.classes:
         raise SystemExit(f"The data have {len(source.classes)} classes: give --classes {len(source.classes)}, not {config.classes}.")
     shape = source[0][0].shape
     if shape != (config.size, config.size, config.channels):
         raise SystemExit(f"The data are of shape {shape}: give --size and --channels so.")
+    with folder.claim(config, free=FREE):
+        run(config, source)
+
+
+def run(config, source):
+    shape = source[0][0].shape
+    mesh = parallel.mesh()
+    spread = parallel.batch_sharding(mesh, config.batch)
     sized = getattr(dit, config.model)
     model = sized(
         patch=config.patch,
@@ -190,9 +199,6 @@ def main(config: Config):
     stream = pipeline.to_device(pipeline.batches(source, config.batch, seed=config.seed, threads=config.threads), sharding=spread)
 
     first = jax.process_index() == 0
-    config.folder.mkdir(parents=True, exist_ok=True)
-    if first:
-        (config.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
     count = -(-8 * 8 // mesh.size) * mesh.size
     y = np.arange(count, dtype=np.int32) % min(8, config.classes)
 
@@ -212,37 +218,34 @@ def main(config: Config):
 
     evaluate = jax.jit(loss_fn, out_shardings=parallel.replicated(0, mesh))
 
-    def look(state, row):
-        if row["step"] % config.look_every == 0:
+    def look(run, metrics):
+        if metrics["step"] % config.look_every == 0:
             # The same noise, times and labels at every look.
-            row["held-out loss"] = float(evaluate(state.ema[0], jax.random.fold_in(key_sample, 1), held))
-            draw(state, f"samples_{row['step']}.png")
+            metrics["held-out loss"] = float(evaluate(run.state.ema[0], jax.random.fold_in(key_sample, 1), held))
+            draw(run.state, f"samples_{metrics['step']}.png")
 
-    with checkpoints.Series(config.folder / "checkpoints", keep=config.keep, best="loss") as series:
-        state, key_train = series.resume(state, key_train, stream)
-
-        def save(state, row=None):
-            if row is None or row["step"] % config.save_every == 0:
-                series.save(state, key_train, stream, row, wait=row is None)
-
-        writers = [training.json_lines(config.folder / "rows.jsonl"), training.tensorboard(config.folder / "tensorboard")]
-        state, _ = training.fit(
+    with checkpoints.Checkpointer(config.folder / "checkpoints", keep=config.keep, best="loss") as checkpointer:
+        begun = checkpointer.resume(training.Run(state, key_train))
+        ended = training.fit(
             step,
-            state,
+            begun,
             stream,
-            key_train,
             steps=config.steps,
-            every=config.every,
-            callbacks=[look, *writers, save],
-            save=save,
+            log_every=config.every,
+            callbacks=[
+                look,
+                training.json_lines(config.folder / "rows.jsonl", begun.history),
+                training.tensorboard(config.folder / "tensorboard", begun.history),
+            ],
+            save=checkpointer.save,
+            save_every=config.save_every,
             trace=config.folder / "trace" if config.trace else None,
             donate=True,
         )
 
-    draw(state, "samples.png")
+    draw(ended.state, "samples.png")
     if first:
-        rows = [json.loads(line) for line in (config.folder / "rows.jsonl").read_text().splitlines()]
-        pictures.loss(config.folder / "loss.png", rows, "flow matching loss a number")
+        pictures.loss(config.folder / "loss.png", ended.history, "flow matching loss a number")
         print(f"\nThe run is in {config.folder}/: samples.png, loss.png, rows.jsonl, tensorboard/, config.json, checkpoints/")
 
 

@@ -8,13 +8,10 @@
 About a minute on two CPU cores. The sliced Wasserstein distance of 10,000 samples to as many data, at scale 1, comes near
 that of data to data, which is 0.02 to 0.03. Predicted noise and scores err most where alpha is small, predicted data
 where beta is, since the velocity divides their errors by these. The folder of the run then holds config.json,
-metrics.json, loss.png, density.png, trajectories.png, field.png and the checkpoint.
+metrics.json, loss.png, density.png, trajectories.png, field.png and checkpoints/; a run that was killed goes on with the same command.
 """
 
 import dataclasses
-import functools
-import itertools
-import json
 import sys
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ import optax
 import tyro
 from scipy import ndimage
 
+from experiments import folder
 from fmjax import checkpoints, losses, metrics, paths, pictures, sampling, targets, times, training
 from fmjax.data import toy
 from fmjax.models import mlp
@@ -87,12 +85,18 @@ class Config:
     """Of everything random."""
 
 
+FREE = ("sigma", "proportional", "evaluations", "samples")
+
+
 def main(config: Config):
+    check(config, getattr(targets, config.target))
+    with folder.claim(config, free=FREE):
+        run(config)
+
+
+def run(config):
     begin = time.perf_counter()
     path, target = config.path, getattr(targets, config.target)
-    check(config, target)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"path": repr(path)}, indent=2, default=str) + "\n")
     key_scale, key_init, key_train, key_source, key_sde, key_fresh, key_floor, key_metric, key_exact = jax.random.split(
         jax.random.key(config.seed), 9
     )
@@ -114,10 +118,20 @@ def main(config: Config):
 
     state = training.init(jax.jit(model.init)(key_init, jnp.zeros((1, 2)), 0.5), optimizer)
     step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
-    save = functools.partial(checkpoints.save, config.folder / "checkpoint")
-    state, history = training.fit(
-        step, state, itertools.repeat(None), key_train, steps=config.steps, every=50, save=save, progress=sys.stderr.isatty()
-    )
+    with checkpoints.Checkpointer(config.folder / "checkpoints", keep=1) as checkpointer:
+        begun = checkpointer.resume(training.Run(state, key_train))
+        # The points are drawn in the loss.
+        ended = training.fit(
+            step,
+            begun,
+            lambda step: None,
+            steps=config.steps,
+            log_every=50,
+            save=checkpointer.save,
+            save_every=1000,
+            progress=sys.stderr.isatty(),
+        )
+    state, history = ended.state, ended.history
     trained = time.perf_counter()
 
     grid = times.grid(config.evaluations, config.start, config.end)
@@ -151,10 +165,8 @@ def main(config: Config):
     draw_trajectories(config.folder / "trajectories.png", np.asarray(states), config)
     draw_field(config.folder / "field.png", jax.jit(velocity), path, exact, config)
     report |= {"seconds to train": trained - begin, "seconds in all": time.perf_counter() - begin}
-    (config.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    for name, value in report.items():
-        print(f"{name:46} {value:8.4f}")
-    print(f"\nThe run is in {config.folder}/: density.png, trajectories.png, field.png, loss.png, metrics.json, config.json, checkpoint/")
+    made = "density.png, trajectories.png, field.png, loss.png, metrics.json, config.json, checkpoints/"
+    folder.report(config.folder, report, made)
 
 
 def check(config, target):

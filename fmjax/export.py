@@ -4,15 +4,22 @@
     export.save("sampler.jax", sample, x_0)
     x_1 = export.load("sampler.jax")(x_0)
 
-The file holds StableHLO with the parameters, the grid and the guidance inside, for any size of the batch (`jax.export`). Without
-fmjax it is loaded by `jax.export.deserialize(Path("sampler.jax").read_bytes()).call(x_0)`.
+The file holds StableHLO with the parameters, the grid and the guidance inside, for any size of the batch (`jax.export`), and its
+SHA-256. Without fmjax it is loaded by `jax.export.deserialize(Path("sampler.jax").read_bytes()).call(x_0)`.
 """
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from fmjax import files
+
+SEAL = b"fmjax sha256"
+"""Before the digest at the end of a file."""
+SEALED = len(SEAL) + 32
 
 
 def save(file, function, *examples, platforms=("cpu", "cuda", "tpu")):
@@ -38,9 +45,9 @@ def save(file, function, *examples, platforms=("cpu", "cuda", "tpu")):
     written = exporting.export(jax.jit(function), platforms=platforms)(*specs).serialize()
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(written)
-    part.replace(file)
+    with files.replacing(file) as part:
+        # What follows a program is not read with it.
+        part.write_bytes(bytes(written) + SEAL + hashlib.sha256(written).digest())
 
 
 def load(file):
@@ -53,14 +60,15 @@ def load(file):
     Raises:
       ModuleNotFoundError: if flatbuffers is not installed.
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is not one that `save` wrote whole.
+      ValueError: if the file is not as `save` wrote it.
     """
     exporting, file = _exporting(), Path(file)
-    content = bytearray(file.read_bytes())
-    try:
-        exported = exporting.deserialize(content)
-    except Exception as error:
-        raise ValueError(f"{file} is not an exported function, or not all of it: export it again.") from error
+    content = file.read_bytes()
+    written, seal, digest = content[:-SEALED], content[-SEALED : len(SEAL) - SEALED], content[len(SEAL) - SEALED :]
+    # A damaged program is not for the reader, which may end the process.
+    if seal != SEAL or hashlib.sha256(written).digest() != digest:
+        raise ValueError(f"{file} is not an exported function as export.save wrote it: it is damaged or something else. Export it again.")
+    exported = exporting.deserialize(bytearray(written))
     return jax.jit(exported.call)
 
 

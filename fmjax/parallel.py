@@ -6,7 +6,7 @@ device holds and what they tell each other. So the ways to run it differ in wher
     mesh = parallel.mesh()
     state = parallel.create(lambda: training.init(model.init(...), optimizer), mesh, parallel.fully_sharded)
     stream = pipeline.to_device(pipeline.batches(source, 256), sharding=parallel.batch_sharding(mesh))
-    state, history = training.fit(step, state, stream, key, steps=...)
+    run = training.fit(step, training.Run(state, key), stream, steps=...)
 
     replicated         every device holds the state and a part of the batch; gradients are averaged       (data parallel)
     fully_sharded      every device holds a part of each large array of the state too                     (FSDP, ZeRO-3)
@@ -65,6 +65,36 @@ def initialize(coordinator=None, processes=None, index=None, *, connect=300, tim
         ) from error
     if processes is not None and jax.process_count() != processes:
         raise RuntimeError(f"This job has {jax.process_count()} processes, but {processes} were said: end the others and start again.")
+
+
+def on_first(function):
+    """Calls a function in process 0 of a job alone, once all processes are there; where it fails, every process raises.
+
+    Args:
+      function: of nothing.
+    Returns:
+      What the function gives, in process 0, and None in the others.
+    Raises:
+      RuntimeError: in the others, if it failed in process 0.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result, failed = None, None
+    # What process 0 changes now, no other still reads.
+    anywhere(False)
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failed = error
+    if anywhere(failed is not None):
+        raise failed or RuntimeError("Process 0 of this job could not go on, and says why.")
+    return result
+
+
+def anywhere(flag):
+    """Whether a flag is set in any process of a job, which all call."""
+    return bool(flag) if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(bool(flag)))))
 
 
 def mesh(count=None, devices=None):

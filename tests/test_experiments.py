@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 
 from experiments import digits, dynamics, fashion_mnist, gallery, latents, toy
-from fmjax import paths
+from fmjax import files, paths
 from fmjax.models import unet
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -22,7 +22,7 @@ SMALL = {"width": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "
 def run_toy(folder, **changes):
     """The metrics of a small run, after a look at its files."""
     toy.main(toy.Config(folder=folder, **SMALL | changes))
-    return read(folder, ["loss.png", "density.png", "trajectories.png", "field.png", "config.json"], ["checkpoint"])
+    return read(folder, ["loss.png", "density.png", "trajectories.png", "field.png", "config.json"], ["checkpoints"])
 
 
 def read(folder, files, folders=()):
@@ -122,10 +122,10 @@ def test_digits_samples_again_from_its_checkpoint(tmp_path):
     }
     files = ["samples.png", "trajectories.png", "loss.png", "config.json"]
     digits.main(digits.Config(**small))
-    trained = read(tmp_path, files, ["checkpoint"])
+    trained = read(tmp_path, files, ["checkpoints"])
     (tmp_path / "samples.png").unlink()
     digits.main(digits.Config(**small, train=False))
-    again = read(tmp_path, files, ["checkpoint"])
+    again = read(tmp_path, files, ["checkpoints"])
     assert {name: value for name, value in again.items() if "seconds" not in name} == pytest.approx(
         {name: value for name, value in trained.items() if "seconds" not in name}, rel=1e-5
     )
@@ -168,7 +168,7 @@ def test_fashion_mnist(tmp_path, few_clothes):
     (tmp_path / "results.json").write_text('{"another": {"loss": 1.0}}')
     fashion_mnist.main(config)
     files = ["samples.png", "trajectories.png", "loss.png", "config.json"]
-    report = read(tmp_path / "run", files, ["checkpoint"])
+    report = read(tmp_path / "run", files, ["checkpoints"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results.keys() == {"another", "run"}
     assert results["run"].items() >= report.items()
@@ -210,14 +210,25 @@ def test_latents_go_on_where_they_ended(tmp_path):
     assert ["held-out loss" in row for row in rows] == [False, True]
     assert 0 < rows[1]["held-out loss"] < 10
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    # In one part it is the same, to the pictures.
+    latents.main(dataclasses.replace(config, folder=tmp_path / "whole"))
+    for name in ("rows.jsonl", "samples.png", "samples_4.png", "loss.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    with pytest.raises(SystemExit, match=r"run has a run of another configuration: --batch was 8 and is 16; --seed was 0 and is 1\. Give"):
+        latents.main(dataclasses.replace(config, batch=16, seed=1))
+    with files.Lock(tmp_path / "run"), pytest.raises(SystemExit, match=r"run is written to by process .*, which is this one"):
+        latents.main(config)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"config\.json cannot be read .*: remove it, or give another --folder"):
+        latents.main(config)
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} >= {"2", "4"}
 
 
 def test_latents_from_files_and_folders(tmp_path):
-    from fmjax.data import latents as files
+    from fmjax.data import latents as written
 
     (_, small) = latents.CONFIGS["small"]
-    files.write(tmp_path / "0.array_record", np.zeros((3, 8, 8, 4), np.float16), [0, 1, 2])
+    written.write(tmp_path / "0.array_record", np.zeros((3, 8, 8, 4), np.float16), [0, 1, 2])
     source = latents.open_data(dataclasses.replace(small, data=str(tmp_path)))
     assert (len(source), source[1][0].shape, int(source[1][1])) == (3, (8, 8, 4), 1)
     with pytest.raises(SystemExit, match=r"--data is nowhere, which is no folder"):

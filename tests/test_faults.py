@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard_events import scalars
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 120
@@ -68,15 +69,13 @@ def final(folder):
 
 
 def assert_same(folder, undisturbed):
-    """Final parameters and every row, bit for bit; a row that was trained twice is the same twice."""
+    """Final parameters, what was logged, and TensorBoard's scalars: nothing missing, nothing twice."""
     ours, theirs = final(folder), final(undisturbed)
     assert ours.keys() == theirs.keys()
     for name, leaf in theirs.items():
         assert ours[name].tobytes() == leaf.tobytes(), name
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    expected = {row["step"]: row for row in map(json.loads, (undisturbed / "rows.jsonl").read_text().splitlines())}
-    assert {row["step"] for row in rows} == set(expected)
-    assert all(row == expected[row["step"]] for row in rows)
+    assert (folder / "rows.jsonl").read_text() == (undisturbed / "rows.jsonl").read_text()
+    assert scalars(folder / "tensorboard") == scalars(undisturbed / "tensorboard")
 
 
 def assert_close(folder, other, tolerance=1e-6):
@@ -98,7 +97,7 @@ def undisturbed(tmp_path_factory, cache):
 
 
 def newest(folder):
-    steps = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+    steps = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit() and (path / "checkpoint.json").exists()]
     return max(steps, key=lambda path: int(path.name))
 
 
@@ -108,47 +107,81 @@ def truncate(folder):
     os.truncate(largest, largest.stat().st_size // 2)
 
 
-def test_killed_ten_times(tmp_path, cache, undisturbed):
-    rng, reached = random.Random(0), []
-    for _ in range(10):
-        worker = Worker(tmp_path, cache=cache, pause=0.02)
+def test_killed_twelve_times(tmp_path, cache, undisturbed):
+    """Four times anywhere, and eight times while a checkpoint is written, of which the end takes a while."""
+    rng, reached, halves = random.Random(0), [], 0
+    for attempt in range(12):
+        in_a_write = attempt % 3 > 0
+        worker = Worker(tmp_path, cache=cache, pause=0.02, write=0.4 if in_a_write else 0.0)
         assert worker.until("from"), worker.lines
         start = int(worker.lines[-1].split()[1])
         reached.append(start)
-        # Somewhere in the next rows or while the checkpoint of one is written.
-        if worker.until(f"row {min(start + 2 * rng.randint(1, 2), 22)}"):
-            time.sleep(rng.uniform(0.0, 0.05))
+        # The write of the log before the last is whole by then.
+        if worker.until(f"row {min(start + 2 * rng.randint(1, 2), 24)}"):
+            if in_a_write:
+                worker.until("writing")
+            time.sleep(rng.uniform(0.0, 0.1))
         worker.kill()
         status, printed = worker.end()
         assert status in (-signal.SIGKILL, 0), printed
+        halves += bool(list((tmp_path / "checkpoints").glob("*/writing-*")))
     assert reached == sorted(reached)
     assert len(set(reached)) > 2
+    assert halves > 4
     run(tmp_path, cache=cache)
     assert_same(tmp_path, undisturbed)
     # Nothing that was half written is left.
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"20", "22", "24"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"20", "22", "24"}
 
 
-def test_told_to_end(tmp_path, cache, undisturbed):
-    worker = Worker(tmp_path, cache=cache, pause=0.3)
-    assert worker.until("row 4")
-    worker.kill(signal.SIGTERM)
+@pytest.fixture(scope="module")
+def by_five(tmp_path_factory, cache):
+    """What nothing disturbs, logged at steps 5, 10, 15, 20 and 24."""
+    folder = tmp_path_factory.mktemp("by_five")
+    run(folder, cache=cache, every=5)
+    return folder
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGTERM] * 3, [signal.SIGINT], [signal.SIGINT] * 3], ids=str)
+def test_told_to_end_between_two_logs(tmp_path, cache, by_five, signals):
+    """And told again while it saves, which it does to the end."""
+    worker = Worker(tmp_path, cache=cache, every=5, save_every=10, wait=0.1, write=0.5)
+    assert worker.until("row 5")
+    time.sleep(0.25)
+    for again, number in enumerate(signals):
+        worker.kill(number)
+        if not again:
+            assert worker.until("writing")
+        time.sleep(0.1)
     status, printed = worker.end()
-    assert status == 75, printed
+    assert (status == 75) if signals[0] == signal.SIGTERM else (status != 0 and "KeyboardInterrupt" in printed), printed
+    assert ("the process ends when it is there" in printed) == (len(signals) > 1)
     assert "done" not in printed
-    assert int(newest(tmp_path).name) in range(4, 24)
-    assert f"from {newest(tmp_path).name}" in run(tmp_path, cache=cache)
-    assert_same(tmp_path, undisturbed)
+    assert int(newest(tmp_path).name) % 5
+    assert f"from {newest(tmp_path).name}" in run(tmp_path, cache=cache, every=5)
+    assert_same(tmp_path, by_five)
 
 
-def test_interrupted(tmp_path, cache, undisturbed):
-    worker = Worker(tmp_path, cache=cache, pause=0.3)
-    assert worker.until("row 4")
-    worker.kill(signal.SIGINT)
+def test_a_folder_that_is_deleted_on_the_way(tmp_path, cache, undisturbed):
+    folder = tmp_path / "run"
+    worker = Worker(folder, cache=cache, pause=0.1)
+    assert worker.until("row 6")
+    shutil.rmtree(folder)
     status, printed = worker.end()
-    assert status != 0
-    assert "KeyboardInterrupt" in printed
-    run(tmp_path, cache=cache)
+    assert status == 0, printed
+    assert_same(folder, undisturbed)
+    assert newest(folder).name == "24"
+
+
+def test_two_on_one_folder(tmp_path, cache, undisturbed):
+    """The second says who has it and stops; the first goes on."""
+    first = Worker(tmp_path, cache=cache, pause=0.3)
+    assert first.until("row 4")
+    status, printed = Worker(tmp_path, cache=cache).end()
+    assert status == 1
+    assert f"BlockingIOError: {tmp_path}/checkpoints is written to by process {first.process.pid} on " in printed
+    status, printed = first.end()
+    assert status == 0, printed
     assert_same(tmp_path, undisturbed)
 
 
@@ -168,7 +201,7 @@ def test_without_a_whole_checkpoint_it_does_not_begin_anew(tmp_path, cache):
     truncate(newest(tmp_path))
     status, printed = Worker(tmp_path, cache=cache).end()
     assert status == 1
-    assert f"Damaged: The checkpoint at {tmp_path}/checkpoints/2 is damaged" in printed
+    assert f"CorruptCheckpoint: The checkpoint at {tmp_path}/checkpoints/2 is damaged" in printed
 
 
 @pytest.fixture
@@ -235,6 +268,14 @@ def test_two_processes_train_as_one(tmp_path, undisturbed, eight, way):
         status, printed = worker.end()
         assert status == 0, printed
     assert_close(tmp_path, eight if way == "pmap" else undisturbed)
+    if way == "replicated":
+        # Both learn of a file that one of them reads.
+        truncate(newest(tmp_path))
+        for worker in start_two(tmp_path, way=way, steps=26):
+            status, printed = worker.end()
+            assert status == 0, printed
+            assert "from 22" in printed
+            assert f"The checkpoint at {tmp_path}/checkpoints/24 is damaged" in printed
 
 
 def test_a_checkpoint_goes_on_elsewhere(tmp_path, cache, undisturbed):

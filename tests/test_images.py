@@ -5,8 +5,10 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import pickle
 import sys
+import tracemalloc
 import urllib.error
 import warnings
 from pathlib import Path
@@ -329,6 +331,45 @@ def test_formats_of_files(tmp_path):
     assert source[3][0].shape == (8, 8, 1)
 
 
+def test_what_only_looks_like_an_image(tmp_path):
+    """A format that runs another program, a pipe that never ends, a device, a link to nowhere; and a photograph in two parts is one."""
+    Image.fromarray(random_pixels(8, 8, 3)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    (tmp_path / "d.png").symlink_to(tmp_path / "nowhere")
+    first, second = (Image.fromarray(random_pixels(8, 8, 3)) for _ in range(2))
+    first.save(tmp_path / "e.jpg", format="MPO", save_all=True, append_images=[second])
+    source = images.folder(tmp_path, size=8)
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: cannot identify image file"):
+        source[0]
+    for index, name in ((1, "b"), (2, "c"), (3, "d")):
+        with pytest.raises(ValueError, match=rf"{name}\.png is no file of its own"):
+            source[index]
+    assert source[4][0].shape == (8, 8, 3)
+    with pytest.warns(UserWarning, match="4 of 5 images cannot be decoded"):
+        assert len(images.folder(tmp_path, size=8, skip_broken=True)) == 1
+    with pytest.raises(TypeError, match="pixels have dtype float64; expected uint8"):
+        images.scale(np.ones((2, 2)))
+
+
+def test_a_small_file_that_unpacks_to_a_large_one(tmp_path):
+    """A header of 300 pixels before 256 MB: no more is unpacked than belongs there. And a header that claims too much."""
+    content = gzip.compress(idx(np.zeros((300, 1, 1))))
+    with gzip.open(tmp_path / "bomb.gz", "wb", 1) as bomb:
+        bomb.write(gzip.decompress(content))
+        for _ in range(64):
+            bomb.write(bytes(2**22))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.gz has more after its header; expected 300"):
+        fashion_mnist.read_idx(tmp_path / "bomb.gz", 3)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    (tmp_path / "claim").write_bytes(np.array([0x0803, 2**31, 2**31, 2**31], ">u4").tobytes())
+    with pytest.raises(ValueError, match=r"claim has the shape \(2147483648, .* in its header; expected at most"):
+        fashion_mnist.read_idx(tmp_path / "claim", 3)
+
+
 def orientation(value):
     exif = Image.Exif()
     exif[0x0112] = value
@@ -533,8 +574,7 @@ def test_to_device_keeps_the_order(n, ahead):
 
 
 def test_to_device_of_what_has_no_state():
-    with pytest.raises(TypeError, match="list_iterator has no state; expected an iterator with get_state"):
-        pipeline.to_device([np.ones(1)]).get_state()
+    assert not hasattr(pipeline.to_device([np.ones(1)]), "get_state")
     with pytest.raises(ValueError, match="ahead is -1; expected 0 or more"):
         pipeline.to_device([], ahead=-1)
 

@@ -67,7 +67,7 @@ def train(step, state, mesh=None, *, drawn=False, steps=20, order=slice(None)):
     """The state after some steps, by `fit`."""
     sharding = None if mesh is None else parallel.batch_sharding(mesh, SIZE)
     batches = (jax.device_put(jax.tree.map(lambda x: x[order], batch(seed, drawn)), sharding) for seed in range(steps))
-    return training.fit(step, state, batches, KEY, steps=steps, every=7, progress=False)[0]
+    return training.fit(step, training.Run(state, KEY), batches, steps=steps, log_every=7, progress=False).state
 
 
 def step_of(loss, **options):

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import shutil
 import signal
 import sys
 import time
@@ -74,7 +76,14 @@ def assert_equal(one, other):
 
 
 def fit(step, state, data, **options):
-    return training.fit(step, state, data, KEY, **{"progress": False} | options)
+    """The state at the end, and what was logged."""
+    run = training.fit(step, training.Run(state, KEY), data, **{"progress": False} | options)
+    return run.state, list(run.history)
+
+
+def keep(saved):
+    """A save that keeps the states."""
+    return lambda run, wait: saved.append(run.state)
 
 
 def test_state_is_a_pytree():
@@ -126,7 +135,7 @@ def test_step_by_hand(seed, n, ema_decay):
     assert int(new.step) == n + 1
     chex.assert_trees_all_close(new.params, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(new.ema, jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, expected), rtol=1e-5, atol=1e-6)
-    assert set(metrics) == {"loss", "grad_norm"}
+    assert set(metrics) == {"loss", "grad_norm", "update_norm"}
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum((np.asarray(g) ** 2).sum() for g in grads.values())), rtol=1e-5)
     chex.assert_shape(list(metrics.values()), ())
@@ -210,10 +219,10 @@ def test_each_device_has_its_key():
 
 def test_fit_resumes_where_it_would_have_been():
     step, start = training.make_step(noisy_loss, MOMENTUM), training.init(params(), MOMENTUM)
-    whole, history = fit(step, start, batches(), steps=6, every=2)
-    part, first = fit(step, start, batches(), steps=4, every=2)
+    whole, history = fit(step, start, batches(), steps=6, log_every=2)
+    part, first = fit(step, start, batches(), steps=4, log_every=2)
     assert int(part.step) == 4
-    resumed, second = fit(step, part, batches(4), steps=6, every=2)
+    resumed, second = fit(step, part, batches(4), steps=6, log_every=2)
     assert_equal(resumed, whole)
     assert first + second == history
 
@@ -222,7 +231,7 @@ def test_fit_is_the_step_in_a_loop():
     traced = chex.assert_max_traces(noisy_loss, n=1)
     given = params()
     state = training.init(given, MOMENTUM)
-    fitted, history = fit(training.make_step(traced, MOMENTUM), state, batches(), steps=12, every=5)
+    fitted, history = fit(training.make_step(traced, MOMENTUM), state, batches(), steps=12, log_every=5)
     # The state given, and the parameters in it, are still there.
     assert_equal(state, training.init(params(), MOMENTUM))
     assert_equal(given, params())
@@ -250,7 +259,7 @@ def test_fit_trains_in_the_memory_of_a_donated_state():
 
 
 def test_fit_gives_a_step_the_key_of_its_number():
-    _, history = fit(counting, training.init(params(), SGD), iter(np.arange(4.0, dtype=np.float32)), steps=4, every=1)
+    _, history = fit(counting, training.init(params(), SGD), iter(np.arange(4.0, dtype=np.float32)), steps=4, log_every=1)
     drawn = [jax.random.uniform(jax.random.fold_in(KEY, n)) for n in range(4)]
     np.testing.assert_allclose([row["draw"] for row in history], drawn, rtol=1e-6)
 
@@ -261,8 +270,8 @@ def test_rows_callbacks_and_save(steps, every, start):
     losses = np.random.default_rng(steps).normal(size=12).astype(np.float32)
     state = dataclasses.replace(training.init(params(), SGD), step=jnp.int32(start))
     seen, more, saved = [], [], []
-    callbacks = [lambda state, row: seen.append((int(state.step), row)), lambda state, row: more.append(row)]
-    end, history = fit(counting, state, losses[start:], steps=steps, every=every, callbacks=callbacks, save=saved.append)
+    callbacks = [lambda run, row: seen.append((int(run.state.step), row)), lambda run, row: more.append(row)]
+    end, history = fit(counting, state, losses[start:], steps=steps, log_every=every, callbacks=callbacks, save=keep(saved))
     at = [n for n in range(start + 1, steps + 1) if n % every == 0 or n == steps]
     assert [row["step"] for row in history] == at
     means = [losses[first:last].mean() for first, last in itertools.pairwise([start, *at])]
@@ -279,7 +288,7 @@ def test_rows_callbacks_and_save(steps, every, start):
 def test_an_interrupt_saves():
     saved = []
 
-    def interrupt(state, row):
+    def interrupt(run, metrics):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -288,9 +297,9 @@ def test_an_interrupt_saves():
             training.init(params(), SGD),
             itertools.repeat(np.float32(1)),
             steps=9,
-            every=4,
+            log_every=4,
             callbacks=[interrupt],
-            save=saved.append,
+            save=keep(saved),
         )
     assert [int(state.step) for state in saved] == [4]
 
@@ -298,7 +307,7 @@ def test_an_interrupt_saves():
 def test_batches_that_end():
     saved = []
     with pytest.raises(ValueError, match=r"ended after 3 of 5 steps.*repeats"):
-        fit(counting, training.init(params(), SGD), [np.float32(1)] * 3, steps=5, save=saved.append)
+        fit(counting, training.init(params(), SGD), [np.float32(1)] * 3, steps=5, save=keep(saved))
     assert [int(state.step) for state in saved] == [3]
 
 
@@ -316,13 +325,13 @@ def test_a_training_that_takes_no_step_saves_nothing_over_what_was_there():
         raise TypeError("not this batch")
 
     with pytest.raises(TypeError, match="not this batch"):
-        fit(broken, state, [np.float32(1)], steps=5, save=saved.append)
+        fit(broken, state, [np.float32(1)], steps=5, save=keep(saved))
     with pytest.raises(training.NonFiniteLoss) as caught:
-        fit(counting, state, [np.float32(np.nan)] * 2, steps=5, every=1, save=saved.append)
+        fit(counting, state, [np.float32(np.nan)] * 2, steps=5, log_every=1, save=keep(saved))
     assert "saved" not in str(caught.value)
     assert saved == []
     # One that had ended already says so again.
-    fit(counting, state, [], steps=0, save=saved.append)
+    fit(counting, state, [], steps=0, save=keep(saved))
     assert_equal(saved[0], state)
 
 
@@ -331,24 +340,24 @@ def test_a_training_that_takes_no_step_saves_nothing_over_what_was_there():
 def test_the_error_names_the_step(every, value):
     losses, saved = [np.float32(loss) for loss in [1, 2, 3] + [value] * 7], []
     with pytest.raises(training.NonFiniteLoss, match=f"loss {value} at step 3") as caught:
-        fit(counting, training.init(params(), SGD), losses, steps=10, every=every, save=saved.append)
+        fit(counting, training.init(params(), SGD), losses, steps=10, log_every=every, save=keep(saved))
     assert "saved" in str(caught.value)
-    assert int(caught.value.state.step) == 3
+    assert int(caught.value.run.state.step) == 3
     assert [int(state.step) for state in saved] == [3]
-    assert [row["step"] for row in caught.value.history] == [n for n in (1, 2, 3) if n % every == 0]
+    assert [row["step"] for row in caught.value.run.history] == [n for n in (1, 2, 3) if n % every == 0]
 
 
 def test_the_error_carries_the_last_good_state():
     step, state, saved = training.make_step(loss_fn, SGD), training.init(params(), SGD), []
     with pytest.raises(training.NonFiniteLoss) as caught:
-        fit(step, state, [batch(0), batch(1), nan_batch(), nan_batch()], steps=4, save=saved.append)
+        fit(step, state, [batch(0), batch(1), nan_batch(), nan_batch()], steps=4, save=keep(saved))
     assert "loss nan" in str(caught.value)
     assert "grad_norm nan" in str(caught.value)
     assert "at step 2" in str(caught.value)
     for n in range(2):
         state, _ = step(state, KEY, batch(n))
-    chex.assert_trees_all_close(caught.value.state, state, rtol=1e-5)
-    assert_equal(caught.value.state, saved[0])
+    chex.assert_trees_all_close(caught.value.run.state, state, rtol=1e-5)
+    assert_equal(caught.value.run.state, saved[0])
 
 
 def test_without_save_the_error_promises_none():
@@ -359,12 +368,12 @@ def test_without_save_the_error_promises_none():
 
 def test_progress_bar(capsys):
     losses = [np.float32(loss) for loss in (1, 2, 3, 4.5)]
-    _, shown = fit(counting, training.init(params(), SGD), losses, steps=4, every=2, progress=True)
+    _, shown = fit(counting, training.init(params(), SGD), losses, steps=4, log_every=2, progress=True)
     out = capsys.readouterr().out
     assert "4/4" in out
     assert "loss 3.7500" in out
     assert "steps/s" in out
-    _, quiet = fit(counting, training.init(params(), SGD), losses, steps=4, every=2)
+    _, quiet = fit(counting, training.init(params(), SGD), losses, steps=4, log_every=2)
     assert capsys.readouterr().out == ""
     assert shown == quiet
 
@@ -372,7 +381,7 @@ def test_progress_bar(capsys):
 def test_it_learns(key):
     x = jax.random.normal(key, (64, 3))
     data = (x, x @ jnp.array([0.5, 1.0, -1.0]) + 2.0)
-    state, history = fit(training.make_step(loss_fn, SGD), training.init(params(), SGD), itertools.repeat(data), steps=90, every=30)
+    state, history = fit(training.make_step(loss_fn, SGD), training.init(params(), SGD), itertools.repeat(data), steps=90, log_every=30)
     np.testing.assert_allclose(state.params["w"], [0.5, 1.0, -1.0], atol=0.01)
     np.testing.assert_allclose(state.params["b"], 2.0, atol=0.01)
     assert history[0]["loss"] > history[1]["loss"] > history[2]["loss"]
@@ -383,8 +392,8 @@ def test_no_step_is_taken_after_one_that_was_not_finite():
     with pytest.raises(training.NonFiniteLoss, match="at step 1") as caught:
         fit(step, training.init(params(), SGD), [batch(0), nan_batch(), batch(1), batch(2)], steps=4)
     undisturbed, _ = fit(step, training.init(params(), SGD), [batch(0)], steps=1)
-    assert caught.value.state.step == 1
-    chex.assert_trees_all_equal(caught.value.state, undisturbed)
+    assert caught.value.run.state.step == 1
+    chex.assert_trees_all_equal(caught.value.run.state, undisturbed)
 
 
 def test_rows_as_lines_and_in_tensorboard(tmp_path):
@@ -392,8 +401,8 @@ def test_rows_as_lines_and_in_tensorboard(tmp_path):
 
     callbacks = [training.json_lines(tmp_path / "run" / "rows.jsonl"), training.tensorboard(tmp_path / "events")]
     step = training.make_step(loss_fn, SGD)
-    state, first = fit(step, training.init(params(), SGD), batches(), steps=4, every=2, callbacks=callbacks)
-    _, second = fit(step, state, batches(4), steps=6, every=2, callbacks=callbacks)
+    state, first = fit(step, training.init(params(), SGD), batches(), steps=4, log_every=2, callbacks=callbacks)
+    _, second = fit(step, state, batches(4), steps=6, log_every=2, callbacks=callbacks)
     written = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
     assert written == first + second
     # Its own thread writes.
@@ -411,7 +420,7 @@ def test_tensorboard_that_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_a_trace_of_the_second_row(tmp_path):
-    fit(training.make_step(loss_fn, SGD), training.init(params(), SGD), batches(), steps=6, every=2, trace=tmp_path / "trace")
+    fit(training.make_step(loss_fn, SGD), training.init(params(), SGD), batches(), steps=6, log_every=2, trace=tmp_path / "trace")
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
@@ -425,27 +434,27 @@ def test_the_loop_waits_for_the_device_once_a_row(monkeypatch):
     array = type(jnp.zeros(()))
     value = array._value
     monkeypatch.setattr(array, "_value", property(lambda self: reads.append(self.shape) or value.fget(self)))
-    fit(step, state, data, steps=12, every=4)
+    fit(step, state, data, steps=12, log_every=4)
     assert len(got) == 3
-    # The step once, and two metrics a step.
-    assert len(reads) <= 1 + 2 * 12
+    # The step once; three metrics of each step and whether it was taken; and at each log how many parameters are not finite, and were.
+    assert len(reads) <= 1 + 4 * 12 + 2 * 3
 
 
 @pytest.mark.parametrize("steps", [9, 4])
 def test_a_signal_ends_it_between_two_steps_and_after_the_last(steps):
     saved, step = [], training.make_step(loss_fn, SGD)
 
-    def signalled(state, row):
-        if row["step"] == 4:
+    def signalled(run, metrics):
+        if metrics["step"] == 4:
             signal.raise_signal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(training.Preempted) as caught:
-        fit(step, training.init(params(), SGD), batches(), steps=steps, every=2, callbacks=[signalled], save=saved.append)
+        fit(step, training.init(params(), SGD), batches(), steps=steps, log_every=2, callbacks=[signalled], save=keep(saved))
     assert caught.value.code == training.PREEMPTED == 75
-    assert int(caught.value.state.step) == 4
-    assert [row["step"] for row in caught.value.history] == [2, 4]
-    assert_equal(saved[-1], caught.value.state)
+    assert int(caught.value.run.state.step) == 4
+    assert [row["step"] for row in caught.value.run.history] == [2, 4]
+    assert_equal(saved[-1], caught.value.run.state)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -454,3 +463,356 @@ def test_a_step_that_is_off_the_main_thread_has_no_signals():
         step = training.make_step(loss_fn, SGD)
         state, _ = pool.submit(fit, step, training.init(params(), SGD), batches(), steps=2).result()
     assert int(state.step) == 2
+
+
+class Stream:
+    """Batches whose place is a number, as those of data.pipeline."""
+
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at += 1
+        return self.data[self.at - 1]
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
+
+
+def whole(step, data, **options):
+    """A training that nothing disturbs."""
+    start = training.Run(training.init(params(), MOMENTUM), KEY)
+    return training.fit(step, start, Stream(data), **{"steps": 12, "log_every": 5, "progress": False} | options)
+
+
+def assert_same_run(one, other):
+    assert_equal(one.state, other.state)
+    assert (one.position, one.history, one.unlogged) == (other.position, other.history, other.unlogged)
+
+
+@pytest.mark.parametrize("bad", [0, 3, 7, 11])
+def test_after_a_loss_that_was_not_finite_the_batches_are_where_the_state_is(bad):
+    """And once the batch is mended, what follows is what would have been."""
+    step, data, saved = training.make_step(noisy_loss, MOMENTUM), [batch(n) for n in range(12)], []
+    start = training.Run(training.init(params(), MOMENTUM), KEY)
+    broken = [nan_batch() if n == bad else one for n, one in enumerate(data)]
+    with pytest.raises(training.NonFiniteLoss, match=f"at step {bad}") as caught:
+        training.fit(step, start, Stream(broken), steps=12, log_every=5, progress=False, save=lambda run, wait: saved.append(run))
+    run = caught.value.run
+    assert (int(run.state.step), run.position, len(run.unlogged)) == (bad, {"at": bad}, bad % 5)
+    assert [(each.position, each.history) for each in saved] == [(run.position, run.history)] * (bad > 0)
+    assert_same_run(training.fit(step, run, Stream(data), steps=12, log_every=5, progress=False), whole(step, data))
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 8])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_between_two_logs_goes_on_as_if_it_had_not_been(at, number):
+    step, data, saved = training.make_step(noisy_loss, MOMENTUM), [batch(n) for n in range(12)], []
+
+    class Signals(Stream):
+        def __next__(self):
+            if self.at == at - 1:
+                signal.raise_signal(number)
+            return super().__next__()
+
+    start = training.Run(training.init(params(), MOMENTUM), KEY)
+    with pytest.raises((training.Preempted, KeyboardInterrupt)):
+        training.fit(step, start, Signals(data), steps=12, log_every=5, progress=False, save=lambda run, wait: saved.append((run, wait)))
+    ((run, wait),) = saved
+    assert wait
+    assert int(run.state.step) == at
+    assert_same_run(training.fit(step, run, Stream(data), steps=12, log_every=5, progress=False), whole(step, data))
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_what_is_logged_is_logged_once_whatever_fails(calls):
+    """A callback that fails: those before it are called again when the run goes on, and what they add is kept."""
+    step, data, saved, seen = training.make_step(noisy_loss, MOMENTUM), [batch(n) for n in range(12)], [], []
+
+    def adds(run, metrics):
+        metrics["more"] = jnp.float32(metrics["step"])
+        seen.append(metrics["step"])
+
+    def fails(run, metrics):
+        assert run.history[-1] is metrics
+        assert type(metrics["more"]) is float
+        if len(seen) == calls and not saved:
+            raise OSError("the disk is full")
+
+    options = {"steps": 12, "log_every": 5, "progress": False, "callbacks": [adds, fails]}
+    start = training.Run(training.init(params(), MOMENTUM), KEY)
+    with pytest.raises(OSError, match="the disk is full"):
+        training.fit(step, start, Stream(data), save=lambda run, wait: saved.append(run), **options)
+    at = [5, 10, 12][calls - 1]
+    assert (int(saved[0].state.step), len(saved[0].history), len(saved[0].unlogged)) == (at, calls - 1, at - [0, 5, 10][calls - 1])
+    ended = training.fit(step, saved[0], Stream(data), **options)
+    assert seen == sorted([5, 10, 12, at])
+    assert [metrics.pop("more") for metrics in ended.history] == [5, 10, 12]
+    assert_same_run(ended, whole(step, data))
+
+
+def test_saves_on_the_way():
+    saved, data = [], [np.float32(n) for n in range(9)]
+    start = training.Run(training.init(params(), SGD), KEY)
+    training.fit(
+        counting, start, Stream(data), steps=9, log_every=4, save_every=3, progress=False, save=lambda run, wait: saved.append((run, wait))
+    )
+    assert [(run.position["at"], len(run.history), len(run.unlogged), wait) for run, wait in saved] == [
+        (3, 0, 3, False),
+        (6, 1, 2, False),
+        (9, 3, 0, True),
+    ]
+    with pytest.raises(ValueError, match="save_every is 3, but there is no save"):
+        training.fit(counting, start, Stream(data), steps=9, save_every=3)
+
+
+def test_batches_that_are_a_function_of_the_step():
+    step, data = training.make_step(noisy_loss, MOMENTUM), [batch(n) for n in range(12)]
+    start = training.Run(training.init(params(), MOMENTUM), KEY)
+    part = training.fit(step, start, lambda n: data[n], steps=7, log_every=5, progress=False)
+    assert part.position == 7
+    ended = training.fit(step, dataclasses.replace(part, history=(), unlogged=()), lambda n: data[n], steps=12, progress=False)
+    assert_equal(ended.state, whole(step, data).state)
+    with pytest.raises(TypeError, match=r"place in its batches is 7, but a list_iterator has no set_state: .*Run\(..., position=None\)"):
+        training.fit(step, part, data, steps=12)
+    with pytest.raises(TypeError, match=r"place in its batches is \{'at': 3\}, but the batches are a function of the step"):
+        training.fit(step, dataclasses.replace(part, position={"at": 3}), lambda n: data[n], steps=12)
+
+
+def test_a_run_is_asked_for():
+    state = training.init(params(), SGD)
+    with pytest.raises(TypeError, match=r"The run is a TrainState.*give training\.Run\(state, key\)"):
+        training.fit(counting, state, [], steps=1)
+    with pytest.raises(TypeError, match="The state is a dict"):
+        training.fit(counting, training.Run({}, KEY), [], steps=1)
+
+
+def nan_rate(n):
+    return jnp.where(n == 3, jnp.nan, 0.01)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("optimizer", "scale"),
+    [
+        (optax.sgd(nan_rate), 1.0),
+        (optax.adam(nan_rate), 1.0),
+        (optax.adam(1e-3, mu_dtype=jnp.float16), 1e6),
+        (optax.adam(1e-3), 1e25),
+        (optax.sgd(3e38), 3e5),
+    ],
+    ids=["a rate that is nan", "the same with moments", "a moment that overflows", "one that makes the update 0", "a large update"],
+)
+def test_a_new_state_that_is_not_finite_is_not_taken(dtype, optimizer, scale):
+    """The loss and its gradient are finite; the moment would be infinite, and the update so zero for ever."""
+
+    def loss(params, key, batch):
+        return (params["w"].astype(jnp.float32) * batch).sum()
+
+    saved = []
+    start = training.Run(training.init({"w": jnp.ones(3, dtype)}, optimizer), KEY)
+    step = training.make_step(loss, optimizer)
+    data = lambda n: jnp.ones(3) * (scale if n == 3 else 1.0)
+    if scale == 3e5:
+        data = lambda n: jnp.ones(3) * (scale if n == 3 else 1e-38)
+    with pytest.raises(training.NonFiniteLoss, match=r"^(grad_norm inf and )?update_norm nan at step 3: the step was not taken") as caught:
+        training.fit(step, start, data, steps=6, log_every=6, progress=False, save=lambda run, wait: saved.append(run))
+    assert int(caught.value.run.state.step) == 3
+    for run in (caught.value.run, *saved):
+        assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(run.state))
+
+
+def test_an_optimiser_that_begins_at_infinity_is_none_of_that():
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    state = training.init(params(), optimizer)
+    assert any(not np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.opt_state))
+    new = training.make_step(loss_fn, SGD)
+    frozen = dataclasses.replace(state, params=state.params | {"b": jnp.float32(np.inf)}, opt_state=SGD.init(params()))
+    # What was infinite before says nothing of the step: here the loss does.
+    _, metrics = new(frozen, KEY, batch(0))
+    assert not np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda new: dataclasses.replace(new, ema=new.ema | {"b": jnp.float32(np.nan)}), "1 numbers of the parameters or their average"),
+        (lambda new: dataclasses.replace(new, step=new.step * 0), "a state whose step is not one more than before at step 0"),
+    ],
+    ids=["an average that is nan", "a step that is not counted"],
+)
+def test_what_a_step_of_ones_own_does_wrong(change, message):
+    saved = []
+
+    def step(state, key, batch):
+        new, metrics = training.make_step(loss_fn, SGD)(state, key, batch)
+        return change(new), metrics
+
+    with pytest.raises(training.NonFiniteLoss, match=message):
+        fit(step, training.init(params(), SGD), batches(), steps=6, log_every=3, save=keep(saved))
+    assert saved == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_half_precision_keeps_its_dtypes(dtype, accumulate):
+    """Averages, moments and sums of gradients are float32 from the start, so small changes are not lost, and stay so."""
+    optimizer = optax.adam(0.0)
+    state = training.init({"w": jnp.ones(64, dtype), "n": 1.0}, optimizer)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {str(jnp.dtype(dtype)), "float32"}
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves((state.ema, state.opt_state)))
+
+    def loss(params, key, batch):
+        return ((params["w"].astype(jnp.float32)[None] * params["n"] - batch) ** 2).mean()
+
+    step = training.make_step(loss, optimizer, ema_decay=0.999, accumulate=accumulate)
+    data = jnp.linspace(0.0, 1.0, 4)[:, None] * jnp.ones((1, 64))
+    new, metrics = step(state, KEY, data)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {jnp.dtype(jnp.float32)}
+    # Moments gather what they would of float32 parameters: in half precision a thousandth more would be lost.
+    exact = training.init({"w": jnp.ones(64), "n": 1.0}, optimizer)
+    for _ in range(20):
+        state, _ = step(state, KEY, data)
+        exact, _ = step(exact, KEY, data)
+    for name in ("mu", "nu"):
+        one, other = (getattr(each.opt_state[0], name)["w"] for each in (state, exact))
+        np.testing.assert_allclose(one, other, rtol=2 ** -(6 if dtype == jnp.bfloat16 else 9))
+
+
+def test_another_shape_of_optimiser_state_is_named():
+    state = training.init({"w": jnp.ones(3)}, MOMENTUM)
+    other = dataclasses.replace(state, opt_state=MOMENTUM.init({"w": jnp.ones(1)}))
+    with pytest.raises(ValueError, match="opt_state is of another optimiser or of other parameters"):
+        training.make_step(lambda params, key, batch: params["w"].sum(), MOMENTUM)(other, KEY, batch(0))
+
+
+@pytest.mark.parametrize("optimizer", [optax.contrib.prodigy(), optax.contrib.sam(SGD, SGD)], ids=["prodigy", "sam"])
+@pytest.mark.parametrize("built", ["by init", "by hand"])
+def test_optimisers_that_keep_the_parameters_are_donated(optimizer, built):
+    """A buffer that stands in a state twice cannot be donated twice."""
+    step = training.make_step(loss_fn, optimizer)
+    given = params()
+    state = training.init(given, optimizer)
+    if built == "by hand":
+        state = training.TrainState(jnp.zeros((), jnp.int32), given, optimizer.init(given), given)
+    expected, _ = fit(step, training.init(params(), optimizer), batches(), steps=3)
+    assert_equal(fit(step, state, batches(), steps=3, donate=True)[0], expected)
+
+
+def test_a_second_interrupt_does_not_wait_for_a_batch():
+    saved = []
+
+    class Stuck(Stream):
+        def __next__(self):
+            if self.at == 4:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                raise AssertionError("it waited")
+            return super().__next__()
+
+    start = training.Run(training.init(params(), SGD), KEY)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(
+            counting,
+            start,
+            Stuck([np.float32(1)] * 9),
+            steps=9,
+            log_every=3,
+            progress=False,
+            save=lambda run, wait: saved.append(run),
+        )
+    assert [(int(run.state.step), run.position, len(run.unlogged)) for run in saved] == [(4, {"at": 4}, 1)]
+
+
+def test_interrupts_while_it_saves_wait(capfd):
+    done = []
+
+    def save(run, wait):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        done.append(int(run.state.step))
+
+    def interrupt(run, metrics):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(training.Preempted):
+        fit(counting, training.init(params(), SGD), itertools.repeat(np.float32(1)), steps=9, log_every=3, callbacks=[interrupt], save=save)
+    assert done == [3]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "A checkpoint is being written" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["torn", "from another run", "longer than the run", "gone", "nothing"])
+def test_logs_are_the_history_whatever_was_there(tmp_path, damage):
+    from tensorboard_events import scalars
+
+    step, data = training.make_step(noisy_loss, MOMENTUM), [batch(n) for n in range(12)]
+    lines, events = tmp_path / "run" / "rows.jsonl", tmp_path / "run" / "events"
+
+    def logs(history=()):
+        return [training.json_lines(lines, history), training.tensorboard(events, history)]
+
+    start = training.Run(training.init(params(), MOMENTUM), KEY)
+    part = training.fit(step, start, Stream(data), steps=6, log_every=3, progress=False, callbacks=logs())
+    if damage == "longer than the run":
+        training.fit(step, part, Stream(data), steps=12, log_every=3, progress=False, callbacks=logs(part.history))
+    for file in [lines, *events.iterdir()]:
+        content = file.read_bytes()
+        if damage == "torn":
+            file.write_bytes(content[:-5])
+        elif damage == "from another run":
+            file.write_bytes(b'{"step": 1}\n' + content)
+    if damage == "gone":
+        shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run" / "events").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / "events" / "events.out.tfevents.mine").write_bytes(b"")
+
+    def delete(run, metrics):
+        """In the middle of it, too."""
+        if metrics["step"] == 9 and damage == "gone":
+            lines.unlink()
+            shutil.rmtree(events)
+
+    ended = training.fit(step, part, Stream(data), steps=12, log_every=3, progress=False, callbacks=[*logs(part.history), delete])
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == list(ended.history)
+    seen = scalars(events)["loss"]
+    assert [at for at, _ in seen] == [3, 6, 9, 12]
+    np.testing.assert_allclose([value for _, value in seen], [metrics["loss"] for metrics in ended.history], rtol=1e-6)
+    assert len(list(events.iterdir())) == (1 if damage == "gone" else 2)
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), None], ids=["nothing is written", "half is written"])
+def test_a_full_disk_in_a_log_ends_it(tmp_path, monkeypatch, error):
+    """The run that is saved has not been logged there yet, and is when it goes on."""
+    saved, lines, write = [], tmp_path / "rows.jsonl", os.write
+    step, data = training.make_step(noisy_loss, MOMENTUM), [batch(n) for n in range(12)]
+
+    def full(descriptor, content):
+        if error is not None:
+            raise error
+        return write(descriptor, content[: len(content) // 2])
+
+    def fill(run, metrics):
+        if metrics["step"] == 9:
+            monkeypatch.setattr(os, "write", full)
+
+    options = {"steps": 12, "log_every": 3, "progress": False}
+    start = training.Run(training.init(params(), MOMENTUM), KEY)
+    callbacks = [fill, training.json_lines(lines)]
+    with pytest.raises(OSError, match=r"No space left|rows\.jsonl could not be written to the end: is the disk full\?"):
+        training.fit(step, start, Stream(data), **options, callbacks=callbacks, save=lambda run, wait: saved.append(run))
+    monkeypatch.undo()
+    (run,) = saved
+    assert (int(run.state.step), len(run.history), len(run.unlogged)) == (9, 2, 3)
+    ended = training.fit(step, run, Stream(data), **options, callbacks=[training.json_lines(lines, run.history)])
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == list(ended.history)

@@ -621,10 +621,22 @@ ELSEWHERE = {
     | {"paths.signal_at"},
     "clocks, which solvers call": {"solvers.log_ratio"},
     "files and devices, in test_training.py, test_parallel.py and test_checkpoints.py": {
-        *(f"training.{name}" for name in ["check_state", "fit", "json_lines", "tensorboard"]),
+        *(f"training.{name}" for name in ["check_run", "check_state", "fit", "json_lines", "tensorboard"]),
         *(
             f"parallel.{name}"
-            for name in ["batch_sharding", "by_examples", "create", "fully_sharded", "initialize", "mesh", "place", "pmap", "replicated"]
+            for name in [
+                "anywhere",
+                "on_first",
+                "batch_sharding",
+                "by_examples",
+                "create",
+                "fully_sharded",
+                "initialize",
+                "mesh",
+                "place",
+                "pmap",
+                "replicated",
+            ]
         ),
         "parallel.require_memory",
     },
@@ -702,8 +714,9 @@ def trained(**changes):
     """A loop of four steps with something wrong."""
     step = changes.pop("step", training.make_step(loss_fn, ADAM))
     state = changes.pop("state", training.init({"w": jnp.ones(3)}, ADAM))
+    run = training.Run(state, changes.pop("key", KEY))
     return lambda: training.fit(
-        step, state, changes.pop("batches", BATCHES), changes.pop("key", KEY), **{"steps": 4, "progress": False, **changes}
+        step, changes.pop("run", run), changes.pop("batches", BATCHES), **{"steps": 4, "progress": False, **changes}
     )
 
 
@@ -735,7 +748,7 @@ def inverse(step, last=None):
     {
         "a dict as state": (trained(state={"w": jnp.ones(3)}), "The state is a dict, but training has a TrainState"),
         "no steps": (trained(steps=-1), "steps is -1"),
-        "no rows": (trained(every=0), "every is 0"),
+        "no logs": (trained(log_every=0), "log_every is 0"),
         "a key that is a number": (trained(key=0), "key has dtype int"),
         "metrics without a loss": (trained(step=lambda state, key, batch: (state, {"mse": 0.0})), r"metrics are the keys \['mse'\]"),
         "metrics that are none": (trained(step=lambda state, key, batch: (state, 0.0)), "metrics are a float, but they are a dict"),
@@ -752,7 +765,7 @@ def inverse(step, last=None):
             lambda: parallel.sample(lambda keys, i: jnp.ones((1, 3)), KEY, 4, chunk=2, progress=False),
             r"gives shape \(1, 3\) for 2 keys",
         ),
-        "no checkpoints kept": (lambda: checkpoints.Series("nowhere", keep=0), "keep is 0"),
+        "no checkpoints kept": (lambda: checkpoints.Checkpointer("nowhere", keep=0), "keep is 0"),
         "a snapshot that is no triple": (lambda: averages.post_hoc([(1, 0.1)], 0.1), "Snapshot 0 is a tuple, but each is a triple"),
         "averages of two networks": (
             lambda: averages.post_hoc([(1, 0.1, np.ones(2)), (2, 0.1, np.ones(3))], 0.1),

@@ -1,6 +1,6 @@
 """A training in a process of its own, to be killed, resumed and divided: `python worker.py '{"folder": ...}'`.
 
-It learns to interpolate noise and points with `fit`, a pipeline and a `Series`, prints a line a row, and leaves the final state
+It learns to interpolate noise and points with `fit`, a pipeline and a `Checkpointer`, prints a line a row, and leaves the final state
 in `final.npz` and its rows in `rows.jsonl`.
 """
 
@@ -13,7 +13,12 @@ os.environ["PJRT_NPROC"] = "16"
 
 import jax
 
-DEFAULTS = dict(steps=24, every=2, keep=3, way="replicated", devices=1, processes=1, index=0, port=0, pause=0.0, timeout=100, connect=300)
+DEFAULTS = {
+    **{"steps": 24, "every": 2, "save_every": 2, "keep": 3, "way": "replicated", "devices": 1},
+    **{"processes": 1, "index": 0, "port": 0, "timeout": 100, "connect": 300},
+    # Seconds that a log, a batch and the end of a write take.
+    **{"pause": 0.0, "wait": 0.0, "write": 0.0},
+}
 
 
 def main(given):
@@ -29,7 +34,7 @@ def main(given):
     import numpy as np
     import optax
 
-    from fmjax import checkpoints, losses, parallel, paths, training
+    from fmjax import checkpoints, files, losses, parallel, paths, training
     from fmjax.data import images, pipeline
     from fmjax.models import mlp
 
@@ -60,26 +65,48 @@ def main(given):
     stream = pipeline.to_device(stream, sharding=parallel.batch_sharding(mesh, 16))
     key = jax.random.key(5)
 
-    with checkpoints.Series(folder / "checkpoints", keep=config["keep"]) as series:
-        state, key = series.resume(state, key, stream)
-        print(f"from {int(state.step)}", flush=True)
+    class Slow:
+        """The stream, whose batches take their time."""
 
-        def row_done(state, row):
-            series.save(state, key, stream, row)
-            print(f"row {row['step']}", flush=True)
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            time.sleep(config["wait"])
+            return next(stream)
+
+        get_state, set_state = stream.get_state, stream.set_state
+
+    checksums = files.checksums
+
+    def slow_checksums(*arguments):
+        print("writing", flush=True)
+        time.sleep(config["write"])
+        return checksums(*arguments)
+
+    files.checksums = slow_checksums
+    with checkpoints.Checkpointer(folder / "checkpoints", keep=config["keep"]) as checkpointer:
+        run = checkpointer.resume(training.Run(state, key))
+        print(f"from {int(run.state.step)}", flush=True)
+
+        def logged(run, metrics):
+            print(f"row {metrics['step']}", flush=True)
             time.sleep(config["pause"])
 
-        state, _ = training.fit(
+        logs = [training.json_lines(folder / "rows.jsonl", run.history), training.tensorboard(folder / "tensorboard", run.history)]
+        run = training.fit(
             step,
-            state,
-            stream,
-            key,
+            run,
+            Slow(),
             steps=config["steps"],
-            every=config["every"],
-            callbacks=[training.json_lines(folder / "rows.jsonl"), row_done],
-            save=lambda state: series.save(state, key, stream, wait=True),
+            log_every=config["every"],
+            callbacks=[*logs, logged],
+            save=checkpointer.save,
+            save_every=config["save_every"],
             progress=False,
+            donate=True,
         )
+        state = run.state
         whole = jax.jit(lambda state: state, out_shardings=parallel.replicated(state, mesh))(state)
         if jax.process_index() == 0:
             leaves = jax.tree_util.tree_leaves_with_path(whole)

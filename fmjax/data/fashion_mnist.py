@@ -17,6 +17,8 @@ from fmjax.data import images
 CLASSES = 10
 NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
+MOST = 2**28
+"""Bytes of an idx file; those of Fashion-MNIST have a sixth of that."""
 ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 # SHA-256 of the published files, whose published MD5 is beside it. Debian packs the same bytes anew, so its files have others.
@@ -64,23 +66,27 @@ def read_idx(file, dimensions):
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged, or its magic number or its size is wrong.
     """
-    content = Path(file).read_bytes()
-    if str(file).endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{file} is damaged: {error}; expected a whole gzip file. Fetch it again.") from error
-    magic, expected, start = content[:4].hex(), f"{0x0800 + dimensions:08x}", 4 + 4 * dimensions
-    if magic != expected:
-        raise ValueError(f"{file} starts with 0x{magic}; expected 0x{expected}, idx of bytes with {dimensions} dimension(s).")
-    if len(content) < start:
-        raise ValueError(f"{file} has {len(content)} bytes; expected a header of {start}. Fetch it again.")
-    shape = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4"))
-    if len(content) - start != math.prod(shape):
-        raise ValueError(
-            f"{file} has {len(content) - start} bytes after its header; expected {math.prod(shape)}, of shape {shape}. Fetch it again."
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    expected, start = f"{0x0800 + dimensions:08x}", 4 + 4 * dimensions
+    try:
+        with gzip.open(file) if str(file).endswith(".gz") else Path(file).open("rb") as stream:
+            header = stream.read(start)
+            if header[:4].hex() != expected:
+                raise ValueError(
+                    f"{file} starts with 0x{header[:4].hex()}; expected 0x{expected}, idx of bytes with {dimensions} dimension(s)."
+                )
+            if len(header) < start:
+                raise ValueError(f"{file} has {len(header)} bytes; expected a header of {start}. Fetch it again.")
+            shape = tuple(int(n) for n in np.frombuffer(header[4:], ">u4"))
+            if math.prod(shape) > MOST:
+                raise ValueError(f"{file} has the shape {shape} in its header; expected at most {MOST} bytes: is it of another data set?")
+            # A small packed file may unpack to anything: no more is read than belongs there, and one byte to see whether there is more.
+            content = stream.read(math.prod(shape) + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is damaged: {error}; expected a whole gzip file. Fetch it again.") from error
+    if len(content) != math.prod(shape):
+        given = f"{len(content)} bytes" if len(content) < math.prod(shape) else "more"
+        raise ValueError(f"{file} has {given} after its header; expected {math.prod(shape)}, of shape {shape}. Fetch it again.")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _part(folder, name):
@@ -99,7 +105,7 @@ def _part(folder, name):
 
 def _find(folder, name):
     for file in (folder / f"{name}.gz", folder / name):
-        if file.exists():
+        if file.is_file():
             return file
     raise FileNotFoundError(f"{folder} has neither {name}.gz nor {name}: put the four files of Fashion-MNIST ({ADDRESS}) there.")
 
@@ -113,7 +119,7 @@ def _download():
             continue
         try:
             with urllib.request.urlopen(ADDRESS + name, timeout=60) as answer:
-                content = answer.read()
+                content = answer.read(MOST)
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionError(
                 f"Cannot download {ADDRESS}{name}: {error}. Put the four files ({', '.join(FILES)}) in a folder and call "

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+"""What a file may be, whatever its name says: Pillow has formats that run other programs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +43,8 @@ class Source:
 
 def scale(pixels):
     """Pixels of any shape, uint8 in [0, 255], as float32 in [-1, 1]."""
+    if pixels.dtype != np.uint8:
+        raise TypeError(f"The pixels have dtype {pixels.dtype}; expected uint8, which goes from 0 to 255: cast them.")
     return pixels.astype(np.float32) / 127.5 - 1
 
 
@@ -194,8 +198,10 @@ def _read_record(source, size, channels, image, label, index):
 
 def _open(file, size, channels):
     PIL = _pillow()
+    if not Path(file).is_file():
+        raise ValueError(f"{file} is no file of its own (a pipe, a device, a broken link?). Remove it, or give skip_broken=True.")
     try:
-        with PIL.Image.open(file) as picture:
+        with PIL.Image.open(file, formats=FORMATS) as picture:
             return _square(PIL.ImageOps.exif_transpose(picture), size, channels)
     # Pillow's decoders raise nearly anything, from OSError to struct.error, on damaged data.
     except Exception as error:

@@ -8,39 +8,45 @@ A record is its label, int32 and little-endian, and then an array as `numpy.save
 
 import functools
 import io
+import operator
 import struct
 
 import numpy as np
 
+from fmjax import files
 from fmjax.data import images
+
+REAL = "biuf"
+"""Kinds of NumPy's dtypes that float32 can stand for."""
 
 
 def write(file, arrays, labels):
-    """Writes pairs to a file.
+    """Writes pairs to a file, all of them or none.
 
     Args:
-      file: where to, in place of what was there; its folder exists.
-      arrays: an iterable of arrays, float16 for half the size.
+      file: where to, in place of what was there once all are written; its folder exists.
+      arrays: an iterable of arrays of real numbers, float16 for half the size.
       labels: an iterable of as many integers.
     Raises:
       ImportError: if array_record is not installed (`pip install fmjax[images]`).
-      ValueError: if there are not as many labels as arrays.
+      TypeError: if an array is not of real numbers, or a label is no integer.
+      ValueError: if there are not as many labels as arrays, a number is not one that float32 has room for, or a label is none of int32.
     """
-    writer = _package().ArrayRecordWriter(str(file), "group_size:1")
-    try:
-        for array, label in zip(arrays, labels, strict=True):
-            content = io.BytesIO()
-            np.save(content, np.asarray(array), allow_pickle=False)
-            writer.write(struct.pack("<i", int(label)) + content.getvalue())
-    finally:
-        writer.close()
+    package = _package()
+    with files.replacing(file) as part:
+        writer = package.ArrayRecordWriter(str(part), "group_size:1")
+        try:
+            for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
+                writer.write(_encode(index, np.asarray(array), label))
+        finally:
+            writer.close()
 
 
-def read(files):
+def read(paths):
     """A source over files of `write`, one after another, as for `data.pipeline`.
 
     Args:
-      files: paths.
+      paths: of the files.
     Returns:
       An `images.Source` of pairs `(array, label)`, float32 and int32.
     Raises:
@@ -48,11 +54,11 @@ def read(files):
       FileNotFoundError: if there are no files, or one is missing.
       ValueError: if a file is not of array_record or is cut short; when a record is read, if it is not a label and an array.
     """
-    files = [str(file) for file in files]
-    if not files:
+    paths = [str(path) for path in paths]
+    if not paths:
         raise FileNotFoundError("There are no files of latents: give paths that end in .array_record.")
     package, lengths = _package(), []
-    for file in files:
+    for file in paths:
         try:
             reader = package.ArrayRecordReader(file)
             lengths.append(reader.num_records())
@@ -63,13 +69,38 @@ def read(files):
             raise kind(f"{file} {what}: {str(error).partition(chr(10))[0]}") from error
     from grain.sources import ArrayRecordDataSource
 
-    return images.Source(sum(lengths), functools.partial(_record, ArrayRecordDataSource(files)))
+    return images.Source(sum(lengths), functools.partial(_record, ArrayRecordDataSource(paths)))
+
+
+def _encode(index, array, label):
+    """A record."""
+    if array.dtype.kind == "V" and np.can_cast(array.dtype, np.float32):
+        # NumPy's files do not know bfloat16.
+        array = array.astype(np.float32)
+    if array.dtype.kind not in REAL:
+        raise TypeError(f"Array {index} has dtype {array.dtype}; expected real numbers: give its parts as channels, or decode it.")
+    with np.errstate(over="ignore"):
+        read = array.astype(np.float32)
+    whole = array.dtype.kind in "iu" and not np.array_equal(read.astype(np.float64), array)
+    if whole or not np.array_equal(np.isfinite(read), np.isfinite(array)):
+        raise ValueError(f"Array {index} has numbers that float32, as which it is read, has no room for: scale it first.")
+    try:
+        number = struct.pack("<i", operator.index(label))
+    except TypeError as error:
+        raise TypeError(f"Label {index} is {label!r}; expected an integer.") from error
+    except struct.error as error:
+        raise ValueError(f"Label {index} is {label}; expected an integer of 32 bits.") from error
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return number + content.getvalue()
 
 
 def _record(source, index):
     content = source[index]
     try:
         array = np.load(io.BytesIO(content[4:]), allow_pickle=False)
+        if array.dtype.kind not in REAL:
+            raise ValueError(f"its dtype is {array.dtype}")
         return array.astype(np.float32), np.int32(struct.unpack_from("<i", content)[0])
     except (ValueError, EOFError, struct.error) as error:
         raise ValueError(f"Record {index} is not a label and an array of numpy ({error}): write it by latents.write.") from error

@@ -88,14 +88,15 @@ def to_device(iterator, *, ahead=2, sharding=None):
       ahead: how many batches are on their way while one is used.
       sharding: of the global arrays, of which each process holds its part; by default they go to the default device.
     Returns:
-      An iterator, whose `get_state()` is that after the batch it gave last, whatever is on its way, and whose
-      `set_state(state)` goes on from there.
+      An iterator. Where the given one has `get_state()` and `set_state(state)`, as those of `batches` have, so has this: the state is that
+      after the batch it gave last, whatever is on its way.
     Raises:
       ValueError: if ahead is negative.
     """
     if ahead < 0:
         raise ValueError(f"ahead is {ahead}; expected 0 or more.")
-    return _Ahead(iter(iterator), ahead, sharding)
+    iterator = iter(iterator)
+    return (_Resumable if hasattr(iterator, "get_state") else _Ahead)(iterator, ahead, sharding)
 
 
 class _Ahead:
@@ -122,17 +123,6 @@ class _Ahead:
         batch, self._state = self._waiting.popleft()
         return batch
 
-    def get_state(self):
-        state = self._drawn() if self._state is None else self._state
-        if state is None:
-            raise TypeError(f"A {type(self._iterator).__name__} has no state; expected an iterator with get_state, as batches gives.")
-        return state
-
-    def set_state(self, state):
-        self._iterator.set_state(state)
-        self._waiting.clear()
-        self._state = None
-
     def _drawn(self):
         return self._iterator.get_state() if hasattr(self._iterator, "get_state") else None
 
@@ -140,3 +130,13 @@ class _Ahead:
         if self._sharding is None:
             return jax.device_put(batch)
         return jax.tree.map(lambda part: jax.make_array_from_process_local_data(self._sharding, part), batch)
+
+
+class _Resumable(_Ahead):
+    def get_state(self):
+        return self._drawn() if self._state is None else self._state
+
+    def set_state(self, state):
+        self._iterator.set_state(state)
+        self._waiting.clear()
+        self._state = None

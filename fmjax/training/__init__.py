@@ -1,0 +1,27 @@
+"""Training: a state, a step, the loop that takes it, and what is written of it.
+
+    g = grad_theta mean loss(theta),   theta <- theta + optimizer(g)                              (1)
+    ema <- d_n ema + (1 - d_n) theta,  d_n = min(ema_decay, (1 + n) / (10 + n))                   (2)
+
+A step is one pure function `(state, key, batch) -> (state, metrics)`: compile it with `jax.jit`, or run it on many devices
+with `fmjax.parallel`. A `Run` is all that a training goes on from.
+"""
+
+from fmjax.training.logs import json_lines, tensorboard
+from fmjax.training.loop import PREEMPTED, NonFiniteLoss, Preempted, Run, check_run, fit
+from fmjax.training.state import TrainState, check_state, init, make_step
+
+__all__ = [
+    "PREEMPTED",
+    "NonFiniteLoss",
+    "Preempted",
+    "Run",
+    "TrainState",
+    "check_run",
+    "check_state",
+    "fit",
+    "init",
+    "json_lines",
+    "make_step",
+    "tensorboard",
+]

@@ -1,0 +1,210 @@
+"""The state that training changes, and a step of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from fmjax import checks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes, as a pytree."""
+
+    step: jax.Array
+    """Updates made, int32."""
+    params: Any
+    """The network's parameters."""
+    opt_state: optax.OptState
+    """The optimiser's state, of float32 where parameters have half precision."""
+    ema: Any
+    """The average of the parameters, for sampling, in float32 likewise; a tuple of them where the step keeps several."""
+
+
+def init(params, optimizer, *, averages=None):
+    """The state before the first step.
+
+    Args:
+      params: the network's parameters, any pytree.
+      optimizer: an optax gradient transformation.
+      averages: how many, for a step with a tuple of decays; by default one, which is no tuple.
+    Returns:
+      A `TrainState` of step 0, whose averages are copies of the parameters. Averages and the optimiser have float32 where parameters have
+      half precision, numbers become arrays, and no array stands in it twice.
+    Raises:
+      TypeError: if the optimiser is none of optax.
+      ValueError: if `averages` is not a whole number of at least 1.
+    """
+    _check_optimizer(optimizer)
+    if averages is not None:
+        checks.whole("averages", averages, "how many averages the state has, as many as the step has decays")
+    # A number has no dtype of its own, so that a step would change it.
+    params = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, jnp.result_type(leaf)), params)
+    copies = [jax.tree.map(jnp.copy, _float32(params)) for _ in range(1 if averages is None else averages)]
+    ema = copies[0] if averages is None else tuple(copies)
+    seen = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+    def own(leaf):
+        # What is small may be the optimiser's own, such as a key, which a donated state would take from it.
+        if id(leaf) in seen or leaf.size < 2**16:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(own, optimizer.init(_float32(params))), ema)
+
+
+def _float32(tree):
+    """A pytree with floats of less than float32 in float32."""
+
+    def wide(leaf):
+        small = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+        return jnp.asarray(leaf, jnp.float32) if small else leaf
+
+    return jax.tree.map(wide, tree)
+
+
+def finite_where(taken, new, old):
+    """The new state where a step is taken, else the old one, in the old one's dtypes."""
+
+    def choose(new, old):
+        chosen = jnp.where(taken, new, old)
+        return chosen if chosen.dtype == old.dtype else chosen.astype(old.dtype)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _finite(new, old):
+    """Whether all numbers of a pytree are finite that were so before (an optimiser may begin with the best loss at infinity)."""
+
+    def finite(new, old):
+        if not jnp.issubdtype(new.dtype, jnp.inexact):
+            return jnp.bool_(True)
+        return (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+
+    return jnp.stack(jax.tree.leaves(jax.tree.map(finite, new, old))).all()
+
+
+def check_state(state):
+    """Raises unless a state is one of training, with a step."""
+    if not isinstance(state, TrainState) and not hasattr(state, "step"):
+        raise TypeError(f"The state is a {type(state).__name__}, but training has a TrainState: make one by init(params, optimizer).")
+
+
+def _check_optimizer(optimizer):
+    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
+        raise TypeError(f"optimizer is {optimizer!r}, but it is a gradient transformation of optax, such as optax.adamw(1e-4).")
+
+
+def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, accumulate=1):
+    """One training step.
+
+    A step whose loss, gradient or new state is not finite leaves the state as it was and shows in its metrics. The optimiser sees gradients
+    and parameters of half precision in float32.
+
+    Args:
+      loss_fn: (params, key, batch) -> scalar loss.
+      optimizer: the optax gradient transformation that made the state's `opt_state`.
+      ema_decay: the largest d_n of the average, in [0, 1); or a function of n, int32, that gives d_n itself, as
+        `averages.power` does; or a tuple of either, for as many averages.
+      axis_name: the axis over which `jax.pmap` maps the step: losses and gradients are averaged along it, and each
+        device folds its index into the key.
+      accumulate: parts of a batch whose gradients are computed one after another, to save memory, and averaged. Part i
+        takes every `accumulate`-th example from the i-th on, and folds i into the key.
+    Returns:
+      (state, key, batch) -> (state, metrics), with metrics `loss`, `grad_norm` and `update_norm`, scalars of float32, or float64 where that
+      is enabled. The last is nan where the new parameters, the optimiser's state or an average would not be finite.
+    Raises:
+      TypeError: if the optimiser is none of optax; of the step, if the state is no `TrainState`.
+      ValueError: if an ema_decay is not in [0, 1), or accumulate is not a whole number of at least 1; of the step, if it does not
+        divide the batch, the loss is not one number, the state has not as many averages as there are decays, or another optimiser made it.
+    """
+    for decay in ema_decay if isinstance(ema_decay, tuple) else (ema_decay,):
+        if not callable(decay) and not (isinstance(decay, int | float | np.number | jax.Array) and 0 <= decay < 1):
+            raise ValueError(
+                f"ema_decay is {decay!r}, but it must be in [0, 1), a function of the step, or a tuple of these: 0 keeps no average, "
+                "0.999 is common."
+            )
+    checks.function("loss_fn", loss_fn, "lambda params, key, batch: losses.flow_matching(...).mean()")
+    _check_optimizer(optimizer)
+    checks.whole("accumulate", accumulate, "the number of parts of a batch, of which 1 takes it at once")
+
+    def scalar_loss(params, key, batch):
+        loss = loss_fn(params, key, batch)
+        if isinstance(loss, tuple) or jnp.shape(loss):
+            given = f"a tuple of {len(loss)}" if isinstance(loss, tuple) else f"shape {jnp.shape(loss)}"
+            raise ValueError(f"loss_fn gives {given}, but it is one number: take .mean() of the losses, and nothing beside it.")
+        return loss
+
+    value_and_grad = _accumulated(jax.value_and_grad(scalar_loss), accumulate)
+
+    def average(decay, ema, params, n):
+        d_n: Any = decay(n) if callable(decay) else jnp.minimum(decay, (1 + n) / (10 + n))
+        return optax.incremental_update(_float32(params), ema, 1 - d_n)
+
+    def step(state, key, batch):
+        check_state(state)
+        made = jax.eval_shape(lambda params: optimizer.init(_float32(params)), state.params)
+        if _shapes(made) != _shapes(state.opt_state):
+            raise ValueError(
+                "The state's opt_state is of another optimiser or of other parameters: make it by init(params, optimizer) with the step's."
+            )
+        if axis_name is not None:
+            key = jax.random.fold_in(key, lax.axis_index(axis_name))
+        loss, grads = value_and_grad(state.params, key, batch)
+        if axis_name is not None:
+            loss, grads = lax.pmean((loss, grads), axis_name)
+        grads = _float32(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, _float32(state.params))
+        params = optax.apply_updates(state.params, updates)
+        if isinstance(ema_decay, tuple):
+            if not isinstance(state.ema, tuple) or len(state.ema) != len(ema_decay):
+                raise ValueError(f"The step has {len(ema_decay)} decays: make the state by init(..., averages={len(ema_decay)}).")
+            ema = tuple(average(decay, ema, params, state.step) for decay, ema in zip(ema_decay, state.ema, strict=True))
+        elif jax.tree.structure(state.ema) != jax.tree.structure(state.params):
+            given = f"{len(state.ema)} averages" if isinstance(state.ema, tuple) else "an average of other parameters"
+            raise ValueError(f"The state has {given}, but the step has one decay: make the state by init(params, optimizer).")
+        else:
+            ema = average(ema_decay, state.ema, params, state.step)
+        new = TrainState(state.step + 1, params, opt_state, ema)
+        # An infinite moment gives an update of zero, so the whole state counts.
+        update_norm = jnp.where(_finite(new, state), optax.tree.norm(updates), jnp.nan)
+        metrics = {"loss": _float32(loss), "grad_norm": optax.tree.norm(grads), "update_norm": update_norm}
+        return finite_where(jnp.isfinite(jnp.stack(list(metrics.values()))).all(), new, state), metrics
+
+    return step
+
+
+def _shapes(tree):
+    """The structure of a pytree and the shapes of its leaves."""
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _accumulated(value_and_grad, count):
+    """The same function of parts of a batch one by one, averaged."""
+    if count == 1:
+        return value_and_grad
+
+    def parts(leaf):
+        if len(leaf) % count:
+            raise ValueError(f"The batch of {len(leaf)} does not divide into the {count} parts of accumulate.")
+        # Every count-th example, so that a part of a batch that is spread over devices is spread over them too.
+        return leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1)
+
+    def run(params, key, batch):
+        def body(total, part):
+            i, batch = part
+            return jax.tree.map(jnp.add, total, value_and_grad(params, jax.random.fold_in(key, i), batch)), None
+
+        batch = jax.tree.map(parts, batch)
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), float), _float32(params)))
+        total, _ = lax.scan(body, zeros, (jnp.arange(count), batch))
+        return jax.tree.map(lambda x: x / count, total)
+
+    return run

@@ -1,9 +1,13 @@
-# make demo · make test · make lint · make bench.  PYTHON=python3.12 picks another interpreter, with an environment of its own.
+# make demo · make test · make lint · make bench.  PYTHON=python3.12 picks another interpreter and JAX=0.11.2 another version of JAX
+# than requirements.lock has, each with an environment of its own.
 PYTHON ?= python3
 ifeq ($(origin PYTHON), command line)
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 else
 VENV := .venv
+endif
+ifdef JAX
+VENV := $(VENV)-jax-$(JAX)
 endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
@@ -13,6 +17,7 @@ READY := $(VENV)/ready
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(if $(JAX),$(RUN) -m pip install --quiet --disable-pip-version-check "jax==$(JAX)" "jaxlib==$(JAX)")
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 

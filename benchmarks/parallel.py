@@ -8,6 +8,7 @@ What a row says, and how it is measured, is at the head of `benchmarks/rows.py`.
 - `loop`: `training.fit` over the bare compiled step, `every` steps of one and of the other in turns, both with their metrics fetched.
 - `ways`: `parallel.pmap` and a mesh of one device over `jax.jit` alone.
 - `stall`: how long training waits for `Checkpointer.save` of a transformer's state, over the time until it is written.
+- `verified`: the time to read that checkpoint with its checksums, over the time of Orbax to read it alone.
 - `pictures`: images a second of `data.pipeline` from memory, and of a bare copy of as many.
 """
 
@@ -66,7 +67,7 @@ class Config:
 
 def main(config: Config):
     rows.start(asynchronous=True)
-    parts = [loop, ways, stall, pictures]
+    parts = [loop, ways, stall, verified, pictures]
     rows.report(rows.measure(config, [part for part in parts if not config.only or part.__name__ in config.only]), config.out)
 
 
@@ -134,13 +135,18 @@ def ways(config):
     yield rows.ratio("mesh of one device over jit: run time", timed, 1, 2)
 
 
-def stall(config):
-    """A save that returns at once over one that waits."""
+def large(config):
+    """The state of the transformer, and its size in GB."""
     model, optimizer = train_step.network(config.model, config.depth, scan=True), optax.adamw(1e-4)
     one = [jnp.zeros(shape.shape, shape.dtype) for shape in train_step.arguments((1, *train_step.SHAPE))]
     state = jax.jit(lambda key: training.init(model.init(key, *one), optimizer))(jax.random.key(config.seed))
     jax.block_until_ready(state)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
+    return state, sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
+
+
+def stall(config):
+    """A save that returns at once over one that waits."""
+    state, size = large(config)
     wall = []
     with tempfile.TemporaryDirectory() as folder, checkpoints.Checkpointer(folder, keep=1) as checkpointer:
         for i in range(config.saves + 1):
@@ -154,6 +160,26 @@ def stall(config):
             wall.append(seconds)
     measured = np.array(wall[1:])[:, None]
     yield rows.ratio(f"a save of {config.model}, {size:.2g} GB, asynchronous over blocking: stall", (measured, measured), 0, 1)
+
+
+def verified(config):
+    """A checkpoint read with its checksums over one without, from the system's memory of the files both times."""
+    state, size = large(config)
+    wall = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.save(folder + "/one", state)
+        verify = checkpoints._verify
+        for _ in range(config.saves + 1):
+            seconds = []
+            for check in (verify, lambda folder, expected: None):
+                checkpoints._verify = check
+                start = time.perf_counter()
+                jax.block_until_ready(checkpoints.restore(folder + "/one", state))
+                seconds.append(time.perf_counter() - start)
+            wall.append(seconds)
+        checkpoints._verify = verify
+    measured = np.array(wall[1:])[:, None]
+    yield rows.ratio(f"a checkpoint of {config.model}, {size:.2g} GB, verified over read alone", (measured, measured), 0, 1, most=1.5)
 
 
 def pictures(config):

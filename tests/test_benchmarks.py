@@ -157,7 +157,7 @@ def test_peak_by_the_name_of_the_device(kind, peak):
     assert train_step.peak_of(kind) == peak
 
 
-@pytest.mark.parametrize("part", [parallel.loop, parallel.ways, parallel.stall, parallel.pictures])
+@pytest.mark.parametrize("part", [parallel.loop, parallel.ways, parallel.stall, parallel.verified, parallel.pictures])
 def test_part_of_parallel_runs(part):
     config = parallel.Config(
         batch=2, width=16, every=2, model="DiT-S/8", depth=1, rows=2, saves=1, examples=512, seconds=0.0, repeats=2, precision=1.0

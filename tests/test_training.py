@@ -621,7 +621,9 @@ def test_a_new_state_that_is_not_finite_is_not_taken(dtype, optimizer, scale):
     data = lambda n: jnp.ones(3) * (scale if n == 3 else 1.0)
     if scale == 3e5:
         data = lambda n: jnp.ones(3) * (scale if n == 3 else 1e-38)
-    with pytest.raises(training.NonFiniteLoss, match=r"^(grad_norm inf and )?update_norm nan at step 3: the step was not taken") as caught:
+    with pytest.raises(
+        training.NonFiniteLoss, match=r"^(grad_norm inf and )?update_norm (nan|inf) at step 3: the step was not taken"
+    ) as caught:
         training.fit(step, start, data, steps=6, log_every=6, progress=False, save=lambda run, wait: saved.append(run))
     assert int(caught.value.run.state.step) == 3
     for run in (caught.value.run, *saved):
@@ -816,3 +818,20 @@ def test_a_full_disk_in_a_log_ends_it(tmp_path, monkeypatch, error):
     assert (int(run.state.step), len(run.history), len(run.unlogged)) == (9, 2, 3)
     ended = training.fit(step, run, Stream(data), **options, callbacks=[training.json_lines(lines, run.history)])
     assert [json.loads(line) for line in lines.read_text().splitlines()] == list(ended.history)
+
+
+def test_parameters_of_float16_that_would_overflow():
+    state = training.init({"w": jnp.full(3, 6e4, jnp.float16)}, optax.sgd(1e5))
+    same, metrics = training.make_step(lambda params, key, batch: -params["w"].astype(jnp.float32).sum() * batch, optax.sgd(1e5))(
+        state, KEY, jnp.float32(1.0)
+    )
+    assert not np.isfinite(metrics["update_norm"])
+    assert_equal(same, state)
+
+
+@pytest.mark.parametrize("decay", [lambda n: jnp.nan, lambda n: 1.5, lambda n: -0.1])
+def test_a_decay_that_is_none_is_not_taken(decay):
+    state = training.init(params(), SGD)
+    same, metrics = training.make_step(loss_fn, SGD, ema_decay=decay)(state, KEY, batch(0))
+    assert math.isnan(metrics["update_norm"])
+    assert_equal(same, state)

@@ -104,7 +104,8 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
         checks.function("save", save, "checkpointer.save, or lambda run, wait: ...")
     elif save_every is not None:
         raise ValueError(f"save_every is {save_every}, but there is no save: give a function (run, wait), such as Checkpointer.save.")
-    start = int(run.state.step)
+    # A copy's number: NumPy would keep the array that is read, which then could not be donated.
+    start = int(jnp.copy(run.state.step))
     data = _Batches(batches, run.position, start)
     steps = max(start, steps)
     state, alive, take = _compiled(step, run, donate)

@@ -1,6 +1,7 @@
 """The state that training changes, and a step of it."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -80,15 +81,36 @@ def finite_where(taken, new, old):
     return jax.tree.map(choose, new, old)
 
 
-def _finite(new, old):
-    """Whether all numbers of a pytree are finite that were so before (an optimiser may begin with the best loss at infinity)."""
+def _update_norm(updates, params, opt_state, old):
+    """The norm of the updates, nan where a number of the new state is not finite that was so before.
 
-    def finite(new, old):
+    An infinite moment gives an update of zero, so moments count; each is added, times zero, to an update of its shape, so that all are
+    read at once. Parameters are finite where updates are, but for those of a dtype that ends before the norm does.
+    """
+    squares = [jnp.square(jnp.abs(leaf)) for leaf in jax.tree.leaves(_float32(updates))]
+    of_shape = {square.shape: [i for i, other in enumerate(squares) if other.shape == square.shape] for square in squares}
+    place = {shape: itertools.cycle(indices) for shape, indices in of_shape.items()}
+    small = [_ends_early(leaf) for leaf in jax.tree.leaves(params)]
+    pairs = [*zip(jax.tree.leaves(opt_state), jax.tree.leaves(old.opt_state), strict=True)]
+    pairs += itertools.compress(zip(jax.tree.leaves(params), jax.tree.leaves(old.params), strict=True), small)
+    for new, before in pairs:
         if not jnp.issubdtype(new.dtype, jnp.inexact):
-            return jnp.bool_(True)
-        return (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+            continue
+        zero = jnp.abs(_float32(new)) * 0
+        if not new.shape:
+            # Such as the best loss so far, which begins at infinity.
+            zero = jnp.where(jnp.isfinite(before), zero, 0)
+        if new.shape in place:
+            i = next(place[new.shape])
+            squares[i] = squares[i] + zero
+        else:
+            squares.append(zero)
+    return jnp.sqrt(sum((jnp.sum(square) for square in squares), jnp.zeros(())))
 
-    return jnp.stack(jax.tree.leaves(jax.tree.map(finite, new, old))).all()
+
+def _ends_early(leaf):
+    """Whether a dtype ends before the square root of float32's end, as float16 does."""
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating) and float(jnp.finfo(leaf.dtype).max) < 1e19)
 
 
 def check_state(state):
@@ -119,7 +141,7 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
         takes every `accumulate`-th example from the i-th on, and folds i into the key.
     Returns:
       (state, key, batch) -> (state, metrics), with metrics `loss`, `grad_norm` and `update_norm`, scalars of float32, or float64 where that
-      is enabled. The last is nan where the new parameters, the optimiser's state or an average would not be finite.
+      is enabled. The last is not finite where a number of the new parameters, the optimiser's state or an average would not be.
     Raises:
       TypeError: if the optimiser is none of optax; of the step, if the state is no `TrainState`.
       ValueError: if an ema_decay is not in [0, 1), or accumulate is not a whole number of at least 1; of the step, if it does not
@@ -144,9 +166,13 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
 
     value_and_grad = _accumulated(jax.value_and_grad(scalar_loss), accumulate)
 
-    def average(decay, ema, params, n):
-        d_n: Any = decay(n) if callable(decay) else jnp.minimum(decay, (1 + n) / (10 + n))
+    def average(d_n, ema, params):
         return optax.incremental_update(_float32(params), ema, 1 - d_n)
+
+    def decays(n):
+        """d_n of every average."""
+        several = ema_decay if isinstance(ema_decay, tuple) else (ema_decay,)
+        return [jnp.asarray(decay(n)) if callable(decay) else jnp.minimum(decay, (1 + n) / (10 + n)) for decay in several]
 
     def step(state, key, batch):
         check_state(state)
@@ -162,19 +188,19 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
             loss, grads = lax.pmean((loss, grads), axis_name)
         grads = _float32(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, _float32(state.params))
-        params = optax.apply_updates(state.params, updates)
+        params, d = optax.apply_updates(state.params, updates), decays(state.step)
         if isinstance(ema_decay, tuple):
             if not isinstance(state.ema, tuple) or len(state.ema) != len(ema_decay):
                 raise ValueError(f"The step has {len(ema_decay)} decays: make the state by init(..., averages={len(ema_decay)}).")
-            ema = tuple(average(decay, ema, params, state.step) for decay, ema in zip(ema_decay, state.ema, strict=True))
+            ema = tuple(average(d_n, ema, params) for d_n, ema in zip(d, state.ema, strict=True))
         elif jax.tree.structure(state.ema) != jax.tree.structure(state.params):
             given = f"{len(state.ema)} averages" if isinstance(state.ema, tuple) else "an average of other parameters"
             raise ValueError(f"The state has {given}, but the step has one decay: make the state by init(params, optimizer).")
         else:
-            ema = average(ema_decay, state.ema, params, state.step)
+            ema = average(d[0], state.ema, params)
         new = TrainState(state.step + 1, params, opt_state, ema)
-        # An infinite moment gives an update of zero, so the whole state counts.
-        update_norm = jnp.where(_finite(new, state), optax.tree.norm(updates), jnp.nan)
+        weighted = jnp.stack([(d_n >= 0) & (d_n <= 1) for d_n in d]).all()
+        update_norm = jnp.where(weighted, _update_norm(updates, params, opt_state, state), jnp.nan)
         metrics = {"loss": _float32(loss), "grad_norm": optax.tree.norm(grads), "update_norm": update_norm}
         return finite_where(jnp.isfinite(jnp.stack(list(metrics.values()))).all(), new, state), metrics
 

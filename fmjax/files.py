@@ -99,7 +99,8 @@ def checksums(folder, names):
 @contextlib.contextmanager
 def uninterrupted():
     """Holds back SIGTERM and SIGINT until the block has ended, where this is the main thread; then they are delivered."""
-    if threading.current_thread() is not threading.main_thread():
+    # In a block around this one they are held back already.
+    if threading.current_thread() is not threading.main_thread() or hasattr(signal.getsignal(signal.SIGINT), "holds"):
         yield
         return
     held = []
@@ -109,6 +110,7 @@ def uninterrupted():
             print("A checkpoint is being written: the process ends when it is there (SIGQUIT ends it now).", file=sys.stderr, flush=True)
         held.append(number)
 
+    hold.holds = True
     # In a job of several processes JAX has SIGTERM, and agrees with the others on a step.
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, hold) for number in numbers}

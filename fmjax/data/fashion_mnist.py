@@ -5,13 +5,13 @@ import hashlib
 import http.client
 import math
 import os
-import tempfile
 import urllib.request
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from fmjax import files
 from fmjax.data import images
 
 CLASSES = 10
@@ -131,7 +131,6 @@ def _download():
                 f"{ADDRESS}{name} has the SHA-256 {found}; expected {digest}. It was not kept: try again, or call load(folder)."
             )
         # Under another name first: whoever sees the name sees the whole file, also when two processes download.
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as temporary:
-            temporary.write(content)
-        os.replace(temporary.name, folder / name)
+        with files.replacing(folder / name) as part:
+            part.write_bytes(content)
     return folder

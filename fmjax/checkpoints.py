@@ -32,6 +32,8 @@ from fmjax import checks, files, parallel, training
 
 INDEX = "checkpoint.json"
 FORMAT = "fmjax 1"
+_ORBAX = "_CHECKPOINT_METADATA"
+"""A file that every checkpoint of Orbax has."""
 SMALLEST_SLICE = 2**20
 """Bytes. Of a larger array that several devices have, each writes a slice, and each is a program to compile, so smaller ones are whole."""
 _OURS = re.compile(r"(data|writing)-[0-9a-f]{16}")
@@ -167,10 +169,13 @@ class Checkpointer:
         Raises:
           TypeError: if it is no `Run`.
           CorruptCheckpoint: if there are checkpoints and none is whole.
-          ValueError: if the last is of another model, or was begun with another key.
+          ValueError: if the last is of another model, or was begun with another key, or the folder has checkpoints of Orbax's own.
         """
         training.check_run(run)
         steps = self.steps()
+        others = [file.parent for file in sorted(self.folder.glob(f"*/{_ORBAX}"))]
+        if others and not steps:
+            raise ValueError(f"{self.folder} has checkpoints of Orbax's own, such as {others[0]}: give another folder.")
         for step in reversed(steps):
             folder = self.folder / str(step)
             try:
@@ -410,6 +415,8 @@ def _index(folder):
             raise CorruptCheckpoint(f"The checkpoint at {folder} is damaged: {INDEX} is missing.") from None
         if not folder.exists():
             raise FileNotFoundError(f"There is no checkpoint at {folder}: train first, or give the folder of a run.") from None
+        if (folder / _ORBAX).exists():
+            raise ValueError(f"The checkpoint at {folder} is Orbax's own, without checksums: read it by orbax.checkpoint.") from None
         inside = _checkpoints_in(folder)
         if inside:
             raise FileNotFoundError(

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,17 @@ def replacing(file):
     part.touch(exist_ok=False)
     try:
         yield part
-        sync(part)
+        _sync(part)
         part.replace(file)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    # Not every system has folders that can be waited for.
+    with contextlib.suppress(OSError):
+        _sync(file.parent)
 
 
-def sync(path):
+def _sync(path):
     """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -139,7 +142,12 @@ class Lock:
     def __init__(self, folder):
         self._file, self._token = Path(folder).absolute() / LOCK, secrets.token_hex(8)
         self._descriptor: Any = None
+        self._process = os.getpid()
         self._take()
+        if hasattr(os, "register_at_fork"):
+            # A forked child would keep the lock of a process that died.
+            this = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: this() and this()._close())  # pyright: ignore[reportOptionalMemberAccess]
         self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -164,6 +172,8 @@ class Lock:
 
     def release(self):
         """Lets others have it."""
+        if os.getpid() != self._process:
+            return
         self._released.set()
         holder = _holder(self._file)
         if holder is not None and holder.get("token") == self._token:

@@ -185,6 +185,15 @@ def test_no_folder(tmp_path):
     assert str(tmp_path / "nowhere") in str(caught.value)
 
 
+def test_a_checkpoint_of_orbax(tmp_path, state):
+    """Of its own, as those were that had no checksums: it is not taken for none."""
+    checkpoints.ocp.save(str(tmp_path / "7"), {"a": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"7 is Orbax's own, without checksums: read it by orbax\.checkpoint"):
+        checkpoints.restore(tmp_path / "7", {"a": jnp.ones(3)})
+    with checkpoints.Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match=r"of Orbax's own, such as .*7: give another"):
+        checkpointer.resume(begin())
+
+
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="is none") as caught:

@@ -149,3 +149,34 @@ def test_a_lock_that_says_nothing(tmp_path):
     (tmp_path / files.LOCK).write_text('{"host": "no')
     files.Lock(tmp_path).release()
     assert list(tmp_path.iterdir()) == []
+
+
+FORK = """
+import os, sys, time
+from fmjax import files
+with files.Lock(sys.argv[1]) as lock:
+    if os.fork() == 0:
+        lock.release()
+        time.sleep(20)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(20)
+"""
+
+
+def test_a_child_does_not_have_the_lock_of_its_parent(tmp_path):
+    """It neither lets it go nor keeps it when the parent dies."""
+    first = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(tmp_path)], stdout=subprocess.PIPE, text=True, process_group=0
+    )
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=f"is written to by process {first.pid} on"):
+            files.Lock(tmp_path)
+        first.kill()
+        first.wait()
+        files.Lock(tmp_path).release()
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.stdout.close()

@@ -522,10 +522,11 @@ def test_a_run_that_is_ended_between_two_logs_goes_on_as_if_it_had_not_been(at, 
             return super().__next__()
 
     start = training.Run(training.init(params(), MOMENTUM), KEY)
-    with pytest.raises((training.Preempted, KeyboardInterrupt)):
+    with pytest.raises((training.Preempted, training.Interrupted)) as caught:
         training.fit(step, start, Signals(data), steps=12, log_every=5, progress=False, save=lambda run, wait: saved.append((run, wait)))
     ((run, wait),) = saved
     assert wait
+    assert_same_run(caught.value.run, run)
     assert int(run.state.step) == at
     assert_same_run(training.fit(step, run, Stream(data), steps=12, log_every=5, progress=False), whole(step, data))
 
@@ -568,6 +569,8 @@ def test_saves_on_the_way():
         (6, 1, 2, False),
         (9, 3, 0, True),
     ]
+    with pytest.raises(TypeError, match=r"save is called with a run and whether to wait, which .* does not take: too many positional"):
+        training.fit(counting, start, Stream(data), steps=9, save=lambda run: None)
     with pytest.raises(ValueError, match="save_every is 3, but there is no save"):
         training.fit(counting, start, Stream(data), steps=9, save_every=3)
 

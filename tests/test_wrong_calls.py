@@ -751,6 +751,7 @@ def inverse(step, last=None):
         "no logs": (trained(log_every=0), "log_every is 0"),
         "a key that is a number": (trained(key=0), "key has dtype int"),
         "metrics without a loss": (trained(step=lambda state, key, batch: (state, {"mse": 0.0})), r"metrics are the keys \['mse'\]"),
+        "metrics with a step": (trained(step=lambda state, key, batch: (state, {"loss": 0.0, "step": 1})), "metrics have a 'step'"),
         "metrics that are none": (trained(step=lambda state, key, batch: (state, 0.0)), "metrics are a float, but they are a dict"),
         "metrics of many": (trained(step=lambda state, key, batch: (state, {"loss": jnp.ones(3)})), r"'loss' has shape \(3,\)"),
         "a loss per example": (stepped(loss_fn=lambda params, key, batch: batch.mean(1)), r"loss_fn gives shape \(4,\), .*\.mean\(\)"),

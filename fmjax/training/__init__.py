@@ -8,11 +8,12 @@ with `fmjax.parallel`. A `Run` is all that a training goes on from.
 """
 
 from fmjax.training.logs import json_lines, tensorboard
-from fmjax.training.loop import PREEMPTED, NonFiniteLoss, Preempted, Run, check_run, fit
+from fmjax.training.loop import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run, check_run, fit
 from fmjax.training.state import TrainState, check_state, init, make_step
 
 __all__ = [
     "PREEMPTED",
+    "Interrupted",
     "NonFiniteLoss",
     "Preempted",
     "Run",

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import inspect
 import math
 import signal
 import threading
@@ -42,6 +43,14 @@ class Preempted(SystemExit):
 
     def __init__(self, run):
         super().__init__(PREEMPTED)
+        self.run = run
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped by Ctrl-C, at the step of its `run`."""
+
+    def __init__(self, run):
+        super().__init__()
         self.run = run
 
 
@@ -91,9 +100,10 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
     Raises:
       NonFiniteLoss: if a loss, a gradient, an update or a parameter is not finite, at the log after it came.
       Preempted: after SIGTERM; it ends the process with status `PREEMPTED` unless it is caught.
+      Interrupted: after Ctrl-C, a KeyboardInterrupt.
       TypeError: if the run is no `Run`, or has a place in the data and the batches cannot be set.
       ValueError: if the batches end before the steps, a number of steps is not a whole number, `save_every` has no `save`, or the
-        metrics have no `loss` or more than numbers.
+        metrics have no `loss`, a `step`, or more than numbers.
     """
     check_run(run)
     checks.whole("steps", steps, "the number of steps that the state has at the end", least=0)
@@ -102,6 +112,12 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
         checks.whole("save_every", save_every, "the number of steps between two saves")
     if save is not None:
         checks.function("save", save, "checkpointer.save, or lambda run, wait: ...")
+        try:
+            with contextlib.suppress(ValueError):
+                inspect.signature(save).bind(run, True)
+        except TypeError as error:
+            # Found out now rather than when training ends.
+            raise TypeError(f"save is called with a run and whether to wait, which {save!r} does not take: {error}.") from error
     elif save_every is not None:
         raise ValueError(f"save_every is {save_every}, but there is no save: give a function (run, wait), such as Checkpointer.save.")
     # A copy's number: NumPy would keep the array that is read, which then could not be donated.
@@ -184,7 +200,7 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
                         saved = n
                     # After the last step too, so that no signal is lost.
                     if (number := signals.at(n)) is not None:
-                        raise Preempted(whole()[0]) if number == signal.SIGTERM else KeyboardInterrupt
+                        raise (Preempted if number == signal.SIGTERM else Interrupted)(whole()[0])
                     if n == steps:
                         break
                     if trace is not None and n == start + log_every:
@@ -255,6 +271,8 @@ def _check_metrics(metrics):
     if not isinstance(metrics, dict) or "loss" not in metrics:
         given = f"the keys {sorted(metrics)}" if isinstance(metrics, dict) else f"a {type(metrics).__name__}"
         raise ValueError(f'The step\'s metrics are {given}, but they are a dict with "loss" in it, which the bar and the history show.')
+    if "step" in metrics:
+        raise ValueError("The step's metrics have a 'step', but that is the number of the step where they are logged: name it otherwise.")
     for name, value in metrics.items():
         if jnp.shape(value):
             raise ValueError(f"The step's metric {name!r} has shape {jnp.shape(value)}, but metrics are numbers: take its mean.")

@@ -214,6 +214,7 @@ class Lock:
 
     def _watch(self, before):
         """Raises as soon as the holder gives a sign of life; returns when it gave none for long enough."""
+        print(f"{self._file.parent} was written to by {_name(before)}: is it alive? {PATIENCE:.0f} s", file=sys.stderr, flush=True)
         seen, end = os.fstat(self._descriptor).st_mtime_ns, time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(min(0.2, PATIENCE / 10))

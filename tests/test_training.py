@@ -838,3 +838,11 @@ def test_a_decay_that_is_none_is_not_taken(decay):
     same, metrics = training.make_step(loss_fn, SGD, ema_decay=decay)(state, KEY, batch(0))
     assert math.isnan(metrics["update_norm"])
     assert_equal(same, state)
+
+
+def test_a_run_that_was_begun_with_other_metrics_goes_on():
+    run = training.Run(training.init(params(), SGD), KEY, unlogged=({"loss": 3.0, "old": 1.0},))
+    run = dataclasses.replace(run, state=dataclasses.replace(run.state, step=jnp.int32(1)))
+    (metrics,) = training.fit(counting, run, lambda n: jnp.float32(1.0), steps=2, progress=False).history
+    draw = jax.random.uniform(jax.random.fold_in(KEY, 1))
+    assert metrics == {"step": 2, "loss": 2.0, "draw": float(draw)}

@@ -169,7 +169,9 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
     def log(now, n):
         """Adds to the history once every callback is done with it."""
         nonlocal history
-        metrics = {"step": n} | {name: sum(each[name] for each in unlogged) / len(unlogged) for name in unlogged[0]}
+        # Of those that a step has now; the run may have been begun with others.
+        values = {name: [each[name] for each in unlogged if name in each] for name in unlogged[-1]}
+        metrics = {"step": n} | {name: sum(each) / len(each) for name, each in values.items()}
         now = dataclasses.replace(now, history=(*history, metrics), unlogged=())
         show(n, loss=metrics["loss"])
         for callback in callbacks:

@@ -154,7 +154,9 @@ def test_told_to_end_between_two_logs(tmp_path, cache, by_five, signals):
             assert worker.until("writing")
         time.sleep(0.1)
     status, printed = worker.end()
-    assert (status == 75) if signals[0] == signal.SIGTERM else (status != 0 and "KeyboardInterrupt" in printed), printed
+    assert (
+        (status == 75) if signals[0] == signal.SIGTERM else (status != 0 and f"Interrupted: at step {newest(tmp_path).name}" in printed)
+    ), printed
     assert ("the process ends when it is there" in printed) == (len(signals) > 1)
     assert "done" not in printed
     assert int(newest(tmp_path).name) % 5

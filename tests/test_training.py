@@ -436,8 +436,8 @@ def test_the_loop_waits_for_the_device_once_a_row(monkeypatch):
     monkeypatch.setattr(array, "_value", property(lambda self: reads.append(self.shape) or value.fget(self)))
     fit(step, state, data, steps=12, log_every=4)
     assert len(got) == 3
-    # The step once; three metrics of each step and whether it was taken; and at each log how many parameters are not finite, and were.
-    assert len(reads) <= 1 + 4 * 12 + 2 * 3
+    # The step once; three metrics of each step and whether it was taken; and at each log what is not finite of four arrays, and was.
+    assert len(reads) <= 1 + 4 * 12 + 8 * 3
 
 
 @pytest.mark.parametrize("steps", [9, 4])

@@ -32,8 +32,8 @@ def claim(config, *, free=(), trains=True):
 
     try:
         lock = parallel.on_first(take)
-    except BlockingIOError as error:
-        raise SystemExit(str(error)) from error
+    except OSError as error:
+        raise SystemExit(f"{error}\n--folder is {config.folder}: give one that this process alone can write to.") from error
     try:
         yield
     finally:
@@ -54,8 +54,8 @@ def _keep(config, free):
     file, settings = config.folder / "config.json", _plain(config)
     if file.exists():
         try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
+            before = dict(json.loads(file.read_text()))
+        except (TypeError, ValueError) as error:
             raise SystemExit(f"{file} cannot be read ({error}): remove it, or give another --folder.") from error
         names = [name for name in settings | before if name not in free and settings.get(name) != before.get(name)]
         if names:

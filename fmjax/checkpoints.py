@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from fmjax import checks, files, parallel, training
+from fmjax.training.loop import json_holds
 
 INDEX = "checkpoint.json"
 FORMAT = "fmjax 1"
@@ -64,6 +65,10 @@ def save(folder, tree):
         try:
             with _lock(folder):
                 _begin(folder, tree, {})()
+        except (OSError, TypeError):
+            raise
+        except Exception as error:
+            raise OSError(f"The checkpoint at {folder} could not be written, and what was there stays: {_first_line(error)}.") from error
         finally:
             parallel.on_first(lambda: _remove_empty(folder))
 
@@ -84,8 +89,13 @@ def restore(folder, like):
       MemoryError: if a device cannot hold its part of `like`.
     """
     folder = Path(folder).absolute()
-    if _steps(folder) and not _is_checkpoint(folder):
-        folder = folder / str(_steps(folder)[-1])
+    while (steps := _steps(folder)) and not _is_checkpoint(folder):
+        try:
+            return _read(folder / str(steps[-1]), like)[0]
+        except (FileNotFoundError, CorruptCheckpoint):
+            # A training may have removed it meanwhile.
+            if _steps(folder)[-1:] == steps[-1:]:
+                raise
     return _read(folder, like)[0]
 
 
@@ -106,6 +116,8 @@ class Checkpointer:
         checks.whole("keep", keep, "how many of the last checkpoints are kept")
         self.folder, self._keep, self._best = Path(folder).absolute(), keep, best
         self._pending: tuple[int, concurrent.futures.Future] | None = None
+        # Whether what is in the folder is known to be of the run that is saved.
+        self._knows, self._closed = False, False
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._lock = _lock(self.folder)
         parallel.on_first(self._require_writable)
@@ -125,7 +137,8 @@ class Checkpointer:
         """Saves a run at its step, unless that has been; all processes call it.
 
         The arrays are copied before it returns, and written while training goes on. Where the save before this one failed, that is
-        said in a warning and this one is waited for.
+        said in a warning and this one is waited for. Checkpoints of another course of training, such as those after a step to which
+        the run was taken back, are named in a warning and renamed.
 
         Args:
           run: a `training.Run`.
@@ -133,9 +146,12 @@ class Checkpointer:
         Raises:
           TypeError: if it is no `Run`, or its place in the data is nothing that JSON can hold.
           ValueError: if its metrics have not the number that `best` names.
+          RuntimeError: if it was closed.
           BlockingIOError: if another process took the folder.
           OSError: if it could not be written; the error names the last whole one.
         """
+        if self._closed:
+            raise RuntimeError(f"The checkpointer of {self.folder} was closed: save within its context, or make another.")
         beside, step = self._beside(run), int(run.state.step)
         with files.uninterrupted():
             if self._pending is not None and (wait or self._pending[0] != step):
@@ -144,6 +160,9 @@ class Checkpointer:
                 except OSError as error:
                     warnings.warn(f"{error} That of step {step} is written now.", stacklevel=2)
                     wait = True
+            if self._pending is None:
+                parallel.on_first(lambda: self._set_aside(step, beside))
+                self._knows = True
             # It may have been written and be gone.
             if self._pending is None and not parallel.anywhere(jax.process_index() == 0 and step in self.steps()):
                 try:
@@ -173,7 +192,7 @@ class Checkpointer:
         """
         training.check_run(run)
         steps = self.steps()
-        others = [file.parent for file in sorted(self.folder.glob(f"*/{_ORBAX}"))]
+        others = [file.parent for file in sorted(self.folder.glob(f"*/{_ORBAX}")) if file.parent.name.isdecimal()]
         if others and not steps:
             raise ValueError(f"{self.folder} has checkpoints of Orbax's own, such as {others[0]}: give another folder.")
         for step in reversed(steps):
@@ -187,11 +206,14 @@ class Checkpointer:
                 warnings.warn(f"{error} The one before it is used; this one is now {aside}.", stacklevel=2)
                 parallel.on_first(lambda folder=folder, aside=aside: folder.rename(aside))
                 continue
-            key = {"impl": str(jax.random.key_impl(run.key)), "data": np.asarray(jax.random.key_data(run.key)).tolist()}
+            if "key" not in beside:
+                raise ValueError(f"The checkpoint at {folder} is no run's, but a pytree of checkpoints.save: checkpoints.restore reads it.")
+            key = _plain_key(run.key)
             if beside["key"] != key:
                 raise ValueError(
                     f"The run in {self.folder} was begun with the key {beside['key']}, but {key} is given: give its seed or another folder."
                 )
+            self._knows = True
             if beside["position"] is None and step:
                 warnings.warn(
                     f"The checkpoint at {folder} knows no place in the data: its batches had no get_state(). Set them to what comes after "
@@ -207,6 +229,7 @@ class Checkpointer:
         Raises:
           OSError: if the last could not be written.
         """
+        self._closed = True
         try:
             with files.uninterrupted():
                 self._finish()
@@ -219,19 +242,36 @@ class Checkpointer:
     def _beside(self, run):
         """What stands beside the arrays."""
         training.check_run(run)
-        try:
-            same = json.loads(json.dumps(run.position)) == run.position
-        except (TypeError, ValueError):
-            same = False
-        if not same:
+        if not json_holds(run.position):
             raise TypeError(
                 f"The batches' get_state() gives {run.position!r}, but a place in the data is what JSON can hold and give back."
             )
         last = run.history[-1] if run.history and run.history[-1].get("step") == int(run.state.step) else None
         if last is not None and self._best is not None and self._best not in last:
             raise ValueError(f"best is {self._best!r}, but the metrics are {', '.join(map(repr, last))}: name one of these.")
-        key = {"impl": str(jax.random.key_impl(run.key)), "data": np.asarray(jax.random.key_data(run.key)).tolist()}
-        return {"key": key, "position": run.position, "history": list(run.history), "unlogged": list(run.unlogged)}
+        return {"key": _plain_key(run.key), "position": run.position, "history": list(run.history), "unlogged": list(run.unlogged)}
+
+    def _set_aside(self, step, beside):
+        """Renames what is of another course of training: what comes after this step, and what is no beginning of the run."""
+        others = []
+        for other in self.steps():
+            if other < step and self._knows:
+                continue
+            try:
+                there = _index(self.folder / str(other))["beside"]
+            except (CorruptCheckpoint, FileNotFoundError, ValueError):
+                # It is named when it is read.
+                continue
+            begins = there.get("key") == beside["key"] and _same(there["history"], beside["history"][: len(there["history"])])
+            if other > step or not begins or (other == step and not _same(there, beside)):
+                others.append(self.folder / str(other))
+        if others:
+            moved = [folder.rename(_free(folder.with_name(f"{folder.name}.other"))).name for folder in others]
+            warnings.warn(
+                f"{self.folder} has checkpoints of another course of training than the run that is saved at step {step}; they are now "
+                f"{', '.join(moved)}. Checkpointer.resume goes on with what is there.",
+                stacklevel=4,
+            )
 
     def _finish(self):
         """Waits for the save in the background."""
@@ -278,7 +318,7 @@ class Checkpointer:
     def _tidy(self):
         """Removes what interrupted saves left."""
         for path in self.folder.iterdir():
-            if _PART.fullmatch(path.name) or (path.name.isdigit() and path.is_dir() and not _is_checkpoint(path)):
+            if _PART.fullmatch(path.name) or (path.name.isdecimal() and path.is_dir() and not _is_checkpoint(path)):
                 _remove(path)
 
     def _require_writable(self):
@@ -336,6 +376,8 @@ def _begin(folder, tree, beside):
             leaf = np.asarray(leaf)
         if isinstance(leaf, bool | int | float | str):
             plain[name] = leaf
+        elif isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise TypeError(f"{name} was deleted: a training with donate=True took its memory. Save what it gives back.")
         elif leaf.size:
             arrays[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     token = np.frombuffer(secrets.token_bytes(8), np.uint32)
@@ -417,6 +459,9 @@ def _index(folder):
             raise FileNotFoundError(f"There is no checkpoint at {folder}: train first, or give the folder of a run.") from None
         if (folder / _ORBAX).exists():
             raise ValueError(f"The checkpoint at {folder} is Orbax's own, without checksums: read it by orbax.checkpoint.") from None
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else [INDEX]
+        if all(map(_is_ours, names)) and INDEX not in names:
+            raise FileNotFoundError(f"There is no checkpoint in {folder} yet: train first, or give the folder of a run.") from None
         inside = _checkpoints_in(folder)
         if inside:
             raise FileNotFoundError(
@@ -499,9 +544,22 @@ def _describe(name, leaf):
     """The kind and shape of a leaf, in a word."""
     if isinstance(leaf, bool | int | float | str) and not isinstance(leaf, np.generic):
         return type(leaf).__name__
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or leaf.dtype == object:
+    traced = isinstance(leaf, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    if traced or not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         raise TypeError(f"{name or 'The tree'} is a {type(leaf).__name__}, but a checkpoint holds arrays, typed keys, numbers and strings.")
+    number = leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.number)
+    if not _is_key(leaf) and (not number or leaf.dtype in (np.longdouble, np.clongdouble)):
+        raise TypeError(f"{name or 'The tree'} has dtype {leaf.dtype}, but a checkpoint's arrays have dtypes of JAX: convert it.")
     return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _same(one, other):
+    """Whether two things are the same in JSON, where nan is nan."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _plain_key(key):
+    return {"impl": str(jax.random.key_impl(key)), "data": np.asarray(jax.random.key_data(key)).tolist()}
 
 
 def _is_key(leaf):
@@ -535,7 +593,9 @@ def _steps(folder):
     """The steps that have a checkpoint, whole or damaged."""
     try:
         return sorted(
-            int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.name == str(int(path.name)) and _is_checkpoint(path)
+            int(path.name)
+            for path in folder.iterdir()
+            if path.name.isdecimal() and path.name == str(int(path.name)) and _is_checkpoint(path)
         )
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -555,7 +615,7 @@ def _is_checkpoint(folder):
 def _checkpoints_in(folder):
     """The checkpoints one or two folders down, those of a run in the order of their steps."""
     found = [file.parent for pattern in ("*", "*/*") for file in folder.glob(f"{pattern}/{INDEX}")]
-    return sorted(found, key=lambda one: (one.parent, int(one.name) if one.name.isdigit() else -1))
+    return sorted(found, key=lambda one: (one.parent, int(one.name) if one.name.isdecimal() else -1))
 
 
 def _require_own(folder):
@@ -577,7 +637,8 @@ def _is_ours(name):
 
 def _remove(folder):
     """Removes a checkpoint, or what is left of one, at once for all who look; one with files that are not ours stays."""
-    if folder.is_dir() and all(_is_ours(path.name) for path in folder.iterdir()):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if names and all(map(_is_ours, names)):
         shutil.rmtree(folder.rename(folder.with_name(f".{secrets.token_hex(8)}.part")), ignore_errors=True)
 
 

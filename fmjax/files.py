@@ -116,7 +116,7 @@ def uninterrupted():
     hold.holds = True
     # In a job of several processes JAX has SIGTERM, and agrees with the others on a step.
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, hold) for number in numbers}
+    before = {number: signal.signal(number, hold) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
@@ -168,7 +168,7 @@ class Lock:
             self._close()
             self._take()
         elif holder.get("token") != self._token:
-            raise BlockingIOError(f"{self._file.parent} was taken over by {_name(holder)} while this process gave no sign of life.")
+            raise BlockingIOError(f"{self._file.parent} was taken over by {_name(holder)}: it was deleted, or this process seemed dead.")
 
     def release(self):
         """Lets others have it."""
@@ -185,14 +185,15 @@ class Lock:
         while True:
             self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                if not _only_one(self._descriptor):
+                alone = _only_one(self._descriptor)
+                if alone is False:
                     raise self._held(_holder(self._file) or {})
                 # Whoever released it may have deleted the file that was opened here.
                 if not self._same():
                     self._close()
                     continue
                 before = _holder(self._file)
-                elsewhere = bool(before) and before.get("machine") != _machine()
+                elsewhere = bool(before) and (alone is None or before.get("machine") != _machine())
                 if elsewhere:
                     self._watch(before)
                 self._write()
@@ -243,17 +244,17 @@ class Lock:
 
 
 def _only_one(descriptor):
-    """Whether no other process of this machine holds a file; where the file system cannot tell, its sign of life must do."""
+    """Whether no other process of this machine holds a file; None where the file system cannot tell, and its sign of life must do."""
     try:
         import fcntl
     except ImportError:
-        return True
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True
 
 

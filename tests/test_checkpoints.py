@@ -248,7 +248,7 @@ def test_the_last_and_the_best_are_kept(tmp_path, state):
         for run in runs.values():
             checkpointer.save(run)
             # The second time it is there already.
-            checkpointer.save(dataclasses.replace(run, position=None), wait=True)
+            checkpointer.save(run, wait=True)
         assert checkpointer.steps() == [2, 4, 5]
     with checkpoints.Checkpointer(tmp_path / "run", keep=2, best="loss") as checkpointer:
         assert_run(checkpointer.resume(begin()), runs[5])
@@ -389,9 +389,56 @@ def test_two_at_once(tmp_path, state):
         with pytest.raises(BlockingIOError, match=r"is written to by process \d+ on .*, which is this one: end that first"):
             checkpoints.Checkpointer(tmp_path / "run")
         # Who only reads needs no lock.
-        with pytest.raises(ValueError, match="is damaged, or is none"):
+        with pytest.raises(FileNotFoundError, match=r"There is no checkpoint in .*run yet"):
             checkpoints.restore(tmp_path / "run", make())
     checkpoints.Checkpointer(tmp_path / "run").close()
+
+
+def test_another_course_of_training_is_set_aside(tmp_path, state):
+    """A run that was taken back to an earlier step, and one of another key in a folder that was not asked."""
+    with checkpoints.Checkpointer(tmp_path, keep=10) as checkpointer:
+        for step in (1, 2, 3, 4):
+            checkpointer.save(a_run(state, step), wait=True)
+        back = dataclasses.replace(a_run(state, 3), position={"at": 7})
+        with pytest.warns(
+            UserWarning, match=r"another course of training than the run that is saved at step 3; they are now 3\.other, 4\.other"
+        ):
+            checkpointer.save(back, wait=True)
+        assert checkpointer.steps() == [1, 2, 3]
+        assert_run(checkpointer.resume(begin()), back)
+        checkpointer.save(back, wait=True)
+    other = a_run(state, 9, key=jax.random.key(8))
+    with checkpoints.Checkpointer(tmp_path, keep=10) as checkpointer:
+        with pytest.warns(UserWarning, match=r"they are now 1\.other, 2\.other, 3\.other-2"):
+            checkpointer.save(other, wait=True)
+        assert checkpointer.steps() == [9]
+    assert len(list(tmp_path.glob("*.other*"))) == 5
+    with pytest.raises(RuntimeError, match="was closed: save within its context"):
+        checkpointer.save(other)
+
+
+def test_what_is_read_while_it_is_removed(tmp_path, state, monkeypatch):
+    """The last one may go between the look and the read."""
+    with checkpoints.Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(a_run(state, 1), wait=True)
+        read = checkpoints._read
+
+        def late(folder, like):
+            if folder.name == "1":
+                checkpointer.save(a_run(state, 2), wait=True)
+            return read(folder, like)
+
+        monkeypatch.setattr(checkpoints, "_read", late)
+        assert int(checkpoints.restore(tmp_path, make()).step) == 2
+
+
+def test_a_pytree_is_no_run(tmp_path, state):
+    checkpoints.save(tmp_path / "5", state)
+    with (
+        checkpoints.Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(ValueError, match=r"5 is no run's, but a pytree of checkpoints\.save"),
+    ):
+        checkpointer.resume(begin())
 
 
 def test_one_failed_write_is_one(tmp_path, state, monkeypatch):
@@ -527,8 +574,20 @@ def test_a_number_becomes_an_array_in_training(tmp_path):
 
 
 def test_leaves_that_cannot_be_saved(tmp_path):
-    with pytest.raises(TypeError, match=r"rate is a function, but a checkpoint holds arrays"):
-        checkpoints.save(tmp_path / "run", {"rate": lambda: 1})
+    deleted = jnp.ones(3)
+    deleted.delete()
+    for leaf, message in {
+        "a function, but a checkpoint holds arrays": lambda: 1,
+        "dtype object, but": np.array([None]),
+        "dtype <U1, but": np.array(["a"]),
+        "dtype datetime64": np.zeros(1, "datetime64[s]"),
+        "dtype float128": np.zeros(1, np.longdouble),
+        "deleted: a training with donate=True took its memory": deleted,
+    }.items():
+        with pytest.raises(TypeError, match=f"rate (is|has|was) {leaf}"):
+            checkpoints.save(tmp_path / "run", {"rate": message})
+    with pytest.raises(TypeError, match=r"rate is a .*Tracer, but a checkpoint holds arrays"):
+        jax.jit(lambda x: checkpoints.save(tmp_path / "run", {"rate": x}))(jnp.ones(1))
     assert not (tmp_path / "run").exists()
 
 

@@ -144,6 +144,19 @@ def test_a_lock_whose_folder_was_deleted(tmp_path):
             files.Lock(tmp_path / "run")
 
 
+def test_where_the_system_cannot_lock(tmp_path, quick, monkeypatch):
+    """A process on the same machine is known by its sign of life."""
+    import fcntl
+
+    def none(descriptor, operation):
+        raise OSError("no locks on this file system")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with files.Lock(tmp_path), pytest.raises(BlockingIOError, match="which is this one"):
+        files.Lock(tmp_path)
+    files.Lock(tmp_path).release()
+
+
 def test_a_lock_that_says_nothing(tmp_path):
     """A machine that died while it wrote: nobody holds it."""
     (tmp_path / files.LOCK).write_text('{"host": "no')

@@ -72,6 +72,7 @@ def test_files_that_are_not_that(tmp_path, files):
         ([np.array(["1", "2"])], [0], TypeError, "Array 0 has dtype <U1; expected real numbers"),
         ([np.array([None])], [0], TypeError, "Array 0 has dtype object; expected real numbers"),
         ([np.array([2**24 + 1])], [0], ValueError, "Array 0 has numbers that float32, as which it is read, has no room for"),
+        ([np.array([2**63 + 1], np.uint64)], [0], ValueError, "Array 0 has numbers that float32, as which it is read, has no room for"),
         ([np.array([1e39])], [0], ValueError, "Array 0 has numbers that float32, as which it is read, has no room for"),
         (ARRAYS, range(3), ValueError, r"shorter|longer"),
     ],

@@ -401,16 +401,17 @@ def test_rows_as_lines_and_in_tensorboard(tmp_path):
 
     callbacks = [training.json_lines(tmp_path / "run" / "rows.jsonl"), training.tensorboard(tmp_path / "events")]
     step = training.make_step(loss_fn, SGD)
-    state, first = fit(step, training.init(params(), SGD), batches(), steps=4, log_every=2, callbacks=callbacks)
-    _, second = fit(step, state, batches(4), steps=6, log_every=2, callbacks=callbacks)
+    run = training.Run(training.init(params(), SGD), KEY)
+    for steps in (4, 6):
+        run = training.fit(step, run, batches(int(run.state.step)), steps=steps, log_every=2, callbacks=callbacks, progress=False)
     written = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
-    assert written == first + second
+    assert written == list(run.history)
     # Its own thread writes.
     deadline = time.monotonic() + 20
     while len((seen := scalars(tmp_path / "events")).get("loss", ())) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert [row["step"] for row in first + second] == [step for step, _ in seen["loss"]]
-    np.testing.assert_allclose([value for _, value in seen["loss"]], [row["loss"] for row in first + second], rtol=1e-6)
+    assert [row["step"] for row in list(run.history)] == [step for step, _ in seen["loss"]]
+    np.testing.assert_allclose([value for _, value in seen["loss"]], [row["loss"] for row in list(run.history)], rtol=1e-6)
 
 
 def test_tensorboard_that_is_missing_is_named(tmp_path, monkeypatch):
@@ -647,20 +648,21 @@ def test_an_optimiser_that_begins_at_infinity_is_none_of_that():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda new: dataclasses.replace(new, ema=new.ema | {"b": jnp.float32(np.nan)}), "1 numbers of the parameters or their average"),
+        (lambda new: dataclasses.replace(new, ema=new.ema | {"b": jnp.float32(np.nan)}), "1 numbers of the state are not finite at step 3"),
+        (lambda new: dataclasses.replace(new, opt_state=jax.tree.map(lambda x: x * jnp.nan, new.opt_state)), "4 numbers of the state"),
         (lambda new: dataclasses.replace(new, step=new.step * 0), "a state whose step is not one more than before at step 0"),
     ],
-    ids=["an average that is nan", "a step that is not counted"],
+    ids=["an average that is nan", "moments that are", "a step that is not counted"],
 )
 def test_what_a_step_of_ones_own_does_wrong(change, message):
     saved = []
 
     def step(state, key, batch):
-        new, metrics = training.make_step(loss_fn, SGD)(state, key, batch)
+        new, metrics = training.make_step(loss_fn, MOMENTUM)(state, key, batch)
         return change(new), metrics
 
     with pytest.raises(training.NonFiniteLoss, match=message):
-        fit(step, training.init(params(), SGD), batches(), steps=6, log_every=3, save=keep(saved))
+        fit(step, training.init(params(), MOMENTUM), batches(), steps=6, log_every=3, save=keep(saved))
     assert saved == []
 
 
@@ -846,3 +848,77 @@ def test_a_run_that_was_begun_with_other_metrics_goes_on():
     (metrics,) = training.fit(counting, run, lambda n: jnp.float32(1.0), steps=2, progress=False).history
     draw = jax.random.uniform(jax.random.fold_in(KEY, 1))
     assert metrics == {"step": 2, "loss": 2.0, "draw": float(draw)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_last_is_saved_ends_it_after_that(number):
+    done = []
+
+    def save(run, wait):
+        signal.raise_signal(number)
+        done.append(int(run.state.step))
+
+    with pytest.raises((training.Preempted, training.Interrupted)) as caught:
+        fit(counting, training.init(params(), SGD), itertools.repeat(np.float32(1)), steps=4, save=save)
+    assert done == [4]
+    assert int(caught.value.run.state.step) == 4
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt = lambda run, metrics: signal.raise_signal(signal.SIGINT)
+        state, _ = fit(counting, training.init(params(), SGD), itertools.repeat(np.float32(1)), steps=4, log_every=2, callbacks=[interrupt])
+        assert int(state.step) == 4
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_logs_of_another_run_and_numbers_that_come_later(tmp_path):
+    """The same callbacks in a second training, and before one that adds: the next line finds out."""
+    log, state = training.json_lines(tmp_path / "lines"), training.init(params(), SGD)
+    for _ in range(2):
+        later = lambda run, metrics: metrics.update(more=1.0)
+        options = {"steps": 6, "log_every": 2, "callbacks": [log, later]}
+        _, history = fit(counting, state, itertools.repeat(np.float32(1)), **options)
+        lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+        assert lines[:-1] == history[:-1]
+        assert lines[-1] == {name: value for name, value in history[-1].items() if name != "more"}
+
+
+def test_a_step_that_fails_on_the_device_is_what_is_said():
+    saved = []
+
+    def fails(x):
+        if x > 2:
+            raise RuntimeError("the device is on fire")
+        return x
+
+    def step(state, key, batch):
+        new, metrics = counting(state, key, batch)
+        return new, metrics | {"seen": jax.pure_callback(fails, jax.ShapeDtypeStruct((), jnp.float32), batch)}
+
+    with pytest.raises(Exception, match="the device is on fire"):
+        fit(step, training.init(params(), SGD), [np.float32(n) for n in range(6)], steps=6, log_every=1, save=keep(saved))
+
+
+def test_places_that_cannot_be_saved_are_named_before_training():
+    class Odd(Stream):
+        def get_state(self):
+            return (1, self.at)
+
+    run = training.Run(training.init(params(), SGD), KEY)
+    with pytest.raises(TypeError, match=r"get_state\(\) gives \(1, 0\), but a place in the data is what JSON can hold"):
+        training.fit(counting, run, Odd([np.float32(1)] * 4), steps=4, save=lambda run, wait: None)
+    with pytest.raises(TypeError, match=r"could not be set to the run's place in them, \{'other': 1\} \(KeyError: 'at'\)"):
+        training.fit(counting, dataclasses.replace(run, position={"other": 1}), Stream([]), steps=4)
+
+
+def test_a_callback_that_spoils_the_metrics():
+    for spoil, error, message in (
+        (lambda run, metrics: metrics.update(step=0), ValueError, "changed the step of the metrics to 0, which is 2"),
+        (lambda run, metrics: metrics.update({1: 2.0}), TypeError, "added 1 to the metrics, whose names are strings"),
+        (lambda run, metrics: metrics.update(more="much"), TypeError, "added 'much' as 'more' to the metrics, which are numbers"),
+    ):
+        with pytest.raises(error, match=message):
+            fit(counting, training.init(params(), SGD), itertools.repeat(np.float32(1)), steps=4, log_every=2, callbacks=[spoil])

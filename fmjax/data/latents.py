@@ -38,6 +38,8 @@ def write(file, arrays, labels):
         try:
             for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
                 writer.write(_encode(index, np.asarray(array), label))
+        except RuntimeError as error:
+            raise OSError(f"{file} could not be written, and what was there stays: {error}.") from error
         finally:
             writer.close()
 
@@ -81,8 +83,8 @@ def _encode(index, array, label):
         raise TypeError(f"Array {index} has dtype {array.dtype}; expected real numbers: give its parts as channels, or decode it.")
     with np.errstate(over="ignore"):
         read = array.astype(np.float32)
-    whole = array.dtype.kind in "iu" and not np.array_equal(read.astype(np.float64), array)
-    if whole or not np.array_equal(np.isfinite(read), np.isfinite(array)):
+    long = array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > 2**24
+    if long or not np.array_equal(np.isfinite(read), np.isfinite(array)):
         raise ValueError(f"Array {index} has numbers that float32, as which it is read, has no room for: scale it first.")
     try:
         number = struct.pack("<i", operator.index(label))

@@ -26,7 +26,7 @@ def json_lines(file, history=()):
       file: where to, in place of what was there; process 0 alone writes.
       history: that of the run which goes on, as `Checkpointer.resume` gives it.
     Returns:
-      A function `(run, metrics) -> None`.
+      A function `(run, metrics) -> None`, which goes after callbacks that add numbers.
     Raises:
       OSError: if it cannot be written.
     """
@@ -40,7 +40,7 @@ def tensorboard(folder, history=()):
       folder: where to, in place of what this wrote there before; process 0 alone writes.
       history: that of the run which goes on, as `Checkpointer.resume` gives it.
     Returns:
-      A function `(run, metrics) -> None`.
+      A function `(run, metrics) -> None`, which goes after callbacks that add numbers.
     Raises:
       ImportError: if tensorboardX is not installed (`pip install fmjax[tensorboard]`).
       OSError: if it cannot be written.
@@ -70,24 +70,26 @@ def tensorboard(folder, history=()):
 
 def _log(name, encode, head, history):
     """A callback that keeps a file equal to the encoded history: it adds to the file it wrote, or writes another."""
-    file, size = name(), -1
+    file, size, count, last = name(), -1, 0, None
 
     def rewrite(history):
-        nonlocal file, size
+        nonlocal file, size, count, last
         file = name()
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(file) as part:
             part.write_bytes(head + b"".join(map(encode, history)))
-        size = file.stat().st_size
+        size, count, last = file.stat().st_size, len(history), dict(history[-1]) if history else None
         for old in file.parent.glob(f"*tfevents*{SUFFIX}") if file.name.endswith(SUFFIX) else ():
             if old != file:
                 old.unlink(missing_ok=True)
 
     def write(run, metrics):
-        nonlocal size
+        nonlocal size, count, last
         if jax.process_index() != 0:
             return
-        if not file.exists() or file.stat().st_size != size:
+        # Another run than the one whose history is there, or numbers that were added to it since.
+        other = len(run.history) != count + 1 or (count > 0 and run.history[-2] != last)
+        if other or not file.exists() or file.stat().st_size != size:
             rewrite(run.history)
             return
         content = encode(metrics)
@@ -97,7 +99,7 @@ def _log(name, encode, head, history):
                 raise OSError(f"{file} could not be written to the end: is the disk full?")
         finally:
             os.close(descriptor)
-        size += len(content)
+        size, count, last = size + len(content), count + 1, dict(metrics)
 
     if jax.process_index() == 0:
         rewrite(history)

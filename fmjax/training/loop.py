@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import json
 import math
 import signal
 import threading
@@ -62,6 +63,14 @@ class NonFiniteLoss(FloatingPointError):
         self.run = run
 
 
+def json_holds(value):
+    """Whether JSON gives a value back as it is."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
+
+
 def check_run(run):
     """Raises unless it is a run, with a state that has a step and a typed key."""
     if not isinstance(run, Run):
@@ -85,9 +94,9 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
         of the number of the step, as `lambda n: take(jax.random.fold_in(key, n))`.
       steps: the number of steps that the state has at the end.
       log_every: steps between two logs.
-      callbacks: functions `(run, metrics) -> None`, called at every log with the run so far and the newest of its history, a dict to which
-        they may add numbers. The next step takes the memory of `run.state`: what is kept of it is copied, as `jax.device_get` does. Where
-        one fails, all of them are called again when the run that was saved goes on.
+      callbacks: functions `(run, metrics) -> None`, called in their order at every log with the run so far and the newest of its history,
+        a dict to which they may add numbers; those that write it go last. The next step takes the memory of `run.state`: what is kept of
+        it is copied, as `jax.device_get` does. Where one fails, all of them are called again when the run that was saved goes on.
       save: a function `(run, wait)`, as `Checkpointer.save`; called with wait=True when training ends: at the last step, and, where a
         step was taken, when something is not finite (with the last good run), when it is interrupted and when anything fails.
       save_every: steps after which it is called with wait=False.
@@ -101,7 +110,7 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
       NonFiniteLoss: if a loss, a gradient, an update or a parameter is not finite, at the log after it came.
       Preempted: after SIGTERM; it ends the process with status `PREEMPTED` unless it is caught.
       Interrupted: after Ctrl-C, a KeyboardInterrupt.
-      TypeError: if the run is no `Run`, or has a place in the data and the batches cannot be set.
+      TypeError: if the run is no `Run`, has a place in the data and the batches cannot be set, or one that cannot be saved.
       ValueError: if the batches end before the steps, a number of steps is not a whole number, `save_every` has no `save`, or the
         metrics have no `loss`, a `step`, or more than numbers.
     """
@@ -126,6 +135,8 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
     steps = max(start, steps)
     state, alive, take = _compiled(step, run, donate)
     before = _not_finite(state)
+    if save is not None and not json_holds(data.place()):
+        raise TypeError(f"The batches' get_state() gives {data.place()!r}, but a place in the data is what JSON can hold and give back.")
     # What was logged, the metrics since then, and the places before the steps of those that are still on the device, and after the last.
     history, unlogged, pending, places = run.history, list(run.unlogged), [], [data.place()]
     saved, now = start, None
@@ -133,10 +144,10 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
     def whole():
         """The run after its last good step, and what was wrong with the next; waits for the device."""
         counts, fetched = jax.device_get(((_not_finite(state), before), pending))
-        bad = sum(counts[0]) - sum(counts[1])
+        bad = sum(max(int(after) - int(first), 0) for after, first in zip(*counts, strict=True))
         if bad > 0:
             raise NonFiniteLoss(
-                f"{bad} numbers of the parameters or their average are not finite at step {int(state.step)}, though "
+                f"{bad} numbers of the state are not finite at step {int(state.step)}, though "
                 f"the step's metrics are: the last good run is the one saved at step {saved}, if any. A step of make_step is not taken "
                 "then: check what the step does after it.",
                 None,
@@ -178,6 +189,8 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
             with signals.waiting():
                 callback(now, metrics)
             metrics.update({name: _number(name, value) for name, value in metrics.items()})
+            if metrics.get("step") != n:
+                raise ValueError(f"A callback changed the step of the metrics to {metrics.get('step')}, which is {n}: add to them alone.")
         history = now.history
         unlogged.clear()
         return now
@@ -208,22 +221,27 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
                     if trace is not None and n == start + log_every:
                         tracing.enter_context(jax.profiler.trace(str(trace)))
                     with signals.waiting():
-                        batch = data.draw(n, steps)
+                        batch, place = data.draw(n, steps), data.place()
                     now = None
                     state, alive, *outcome = take(state, alive, run.key, batch)
                     pending.append(outcome)
-                    places.append(data.place())
-        except BaseException:
+                    places.append(place)
+        except BaseException as error:
             # Without a step there is nothing new, and what was saved before stays.
-            if save is not None and int(state.step) > start:
+            if save is not None and _taken(state) > start:
                 with files.uninterrupted():
                     save(whole()[0], True)
+            if type(error) is KeyboardInterrupt and _taken(state) >= start:
+                raise Interrupted(whole()[0]) from error
             raise
         if now is None:
             now = good()
         if save is not None:
             with files.uninterrupted():
                 save(now, True)
+    # One that came while it was saved.
+    if (number := signals.got()) is not None:
+        raise (Preempted if number == signal.SIGTERM else Interrupted)(now)
     return now
 
 
@@ -262,10 +280,17 @@ def _distinct(state):
     return jax.tree.map(own, state)
 
 
+def _taken(state):
+    """The steps that a state has, -1 where the step that failed took its memory with it."""
+    try:
+        return int(state.step)
+    except Exception:
+        return -1
+
+
 def _not_finite(state):
-    """How many numbers of each array of the parameters and their average are not finite."""
-    leaves = jax.tree.leaves((getattr(state, "params", ()), getattr(state, "ema", ())))
-    return [_count(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    """How many numbers of each array of a state are not finite."""
+    return [_count(leaf) for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 @jax.jit
@@ -288,6 +313,8 @@ def _check_metrics(metrics):
 
 def _number(name, value):
     """A number, which a callback may have added, as JSON can hold it."""
+    if not isinstance(name, str):
+        raise TypeError(f"A callback added {name!r} to the metrics, whose names are strings.")
     try:
         return value if isinstance(value, int | float) else float(value)
     except (TypeError, ValueError) as error:
@@ -316,7 +343,13 @@ class _Batches:
                 "can be set, as data.pipeline makes them, or Run(..., position=None) where they are in their place."
             )
         else:
-            self._batches.set_state(copy.deepcopy(position))
+            try:
+                self._batches.set_state(copy.deepcopy(position))
+            except Exception as error:
+                raise TypeError(
+                    f"The batches could not be set to the run's place in them, {position!r} ({type(error).__name__}: {error}): give "
+                    "batches of the kind that it was saved with."
+                ) from error
 
     def draw(self, n, steps):
         if self._place is not None:
@@ -345,7 +378,8 @@ class _Signals:
     def __enter__(self):
         # JAX catches SIGTERM where there are several processes, and agrees with them on a step.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
+            caught = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._catch) for number in caught}
         return self
 
     def __exit__(self, *_):
@@ -356,6 +390,10 @@ class _Signals:
         """The signal that came before step n, to this process or, where there are several, to one of them; or None."""
         if jax.process_count() > 1:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(n) else None
+        return self.got()
+
+    def got(self):
+        """The signal that came to this process, where JAX does not catch it; or None."""
         return self._got[0] if self._got else None
 
     @contextlib.contextmanager

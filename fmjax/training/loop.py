@@ -134,7 +134,7 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
     data = _Batches(batches, run.position, start)
     steps = max(start, steps)
     state, alive, take = _compiled(step, run, donate)
-    before = _not_finite(state)
+    before = jax.device_get(_not_finite(state))
     if save is not None and not json_holds(data.place()):
         raise TypeError(f"The batches' get_state() gives {data.place()!r}, but a place in the data is what JSON can hold and give back.")
     # What was logged, the metrics since then, and the places before the steps of those that are still on the device, and after the last.
@@ -143,15 +143,7 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
 
     def whole():
         """The run after its last good step, and what was wrong with the next; waits for the device."""
-        counts, fetched = jax.device_get(((_not_finite(state), before), pending))
-        bad = sum(max(int(after) - int(first), 0) for after, first in zip(*counts, strict=True))
-        if bad > 0:
-            raise NonFiniteLoss(
-                f"{bad} numbers of the state are not finite at step {int(state.step)}, though "
-                f"the step's metrics are: the last good run is the one saved at step {saved}, if any. A step of make_step is not taken "
-                "then: check what the step does after it.",
-                None,
-            )
+        fetched = jax.device_get(pending)
         good, wrong = 0, None
         for metrics, taken in fetched:
             bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
@@ -163,6 +155,18 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
         # What was fetched is not fetched again.
         del pending[:], places[:good]
         return Run(state, run.key, places[0], history, tuple(unlogged)), wrong
+
+    def finite(run):
+        """The run, unless a step of the caller's own left in it what is not finite; looked for before it is saved or given back."""
+        counts = jax.device_get(_not_finite(run.state))
+        bad = sum(max(int(after) - int(first), 0) for after, first in zip(counts, before, strict=True))
+        if bad:
+            raise NonFiniteLoss(
+                f"{bad} numbers of the state are not finite at step {int(run.state.step)}, though its metrics are: the last good run "
+                f"is the one saved at step {saved}, if any. A step of make_step is not taken then: check what the step does after it.",
+                None,
+            )
+        return run
 
     def good():
         """The run, all of whose steps were good."""
@@ -211,11 +215,11 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
                     else:
                         show(n)
                     if save is not None and save_every is not None and n % save_every == 0 and saved < n < steps:
-                        save(good(), False)
+                        save(finite(good()), False)
                         saved = n
                     # After the last step too, so that no signal is lost.
                     if (number := signals.at(n)) is not None:
-                        raise (Preempted if number == signal.SIGTERM else Interrupted)(whole()[0])
+                        raise (Preempted if number == signal.SIGTERM else Interrupted)(finite(whole()[0]))
                     if n == steps:
                         break
                     if trace is not None and n == start + log_every:
@@ -230,12 +234,11 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
             # Without a step there is nothing new, and what was saved before stays.
             if save is not None and _taken(state) > start:
                 with files.uninterrupted():
-                    save(whole()[0], True)
+                    save(finite(whole()[0]), True)
             if type(error) is KeyboardInterrupt and _taken(state) >= start:
-                raise Interrupted(whole()[0]) from error
+                raise Interrupted(finite(whole()[0])) from error
             raise
-        if now is None:
-            now = good()
+        now = finite(good() if now is None else now)
         if save is not None:
             with files.uninterrupted():
                 save(now, True)

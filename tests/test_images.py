@@ -573,6 +573,19 @@ def test_to_device_keeps_the_order(n, ahead):
             next(stream)
 
 
+def test_a_state_of_other_batches():
+    source = images.arrays(np.arange(40), np.arange(40))
+    state = json.loads(json.dumps(pipeline.batches(source, 4, seed=1, threads=0).get_state()))
+    pipeline.batches(source, 4, seed=1, threads=2, process_index=1, process_count=2).set_state(state)
+    for options, match in (
+        ({"size": 8, "seed": 1}, "with size 4; expected size 8"),
+        ({"size": 4}, "with seed 1; expected seed 0"),
+        ({"size": 4, "seed": 1, "shuffle": False}, "with shuffle True; expected shuffle False"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pipeline.batches(source, options.pop("size"), threads=0, **options).set_state(state)
+
+
 def test_to_device_of_what_has_no_state():
     assert not hasattr(pipeline.to_device([np.ones(1)]), "get_state")
     with pytest.raises(ValueError, match="ahead is -1; expected 0 or more"):

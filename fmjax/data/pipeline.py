@@ -30,7 +30,7 @@ def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, proce
     Returns:
       An iterator of `(images, labels)`, numpy arrays of size / process_count, with grain's `get_state()`, which JSON can
       hold, `set_state(state)` and `close()`. A state counts the batches given: it is good for an iterator of the same
-      arguments, whatever its threads.
+      arguments, whatever its threads and processes, and refused by another.
     Raises:
       ImportError: if grain is not installed (`pip install fmjax[images]`).
       ValueError: if the batch does not divide among the processes, or is larger than the source.
@@ -50,7 +50,35 @@ def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, proce
     # A process takes its part of every batch, as a sharding over devices does, so that examples meet the same random numbers.
     parts = order[: len(source) // size * size].batch(size // process_count)
     order = parts[process_index::process_count].repeat(epochs)
-    return iter(order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    iterator = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    return _Batches(iterator, {"examples": len(source), "size": size, "seed": seed, "shuffle": shuffle})
+
+
+class _Batches:
+    """Grain's iterator, whose state says of which batches it is."""
+
+    def __init__(self, iterator, of):
+        self._iterator, self._of = iterator, of
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._iterator)
+
+    def get_state(self):
+        return self._iterator.get_state() | {"of": self._of}
+
+    def set_state(self, state):
+        of = state.get("of")
+        different = [name for name in self._of if not isinstance(of, dict) or of.get(name) != self._of[name]]
+        if different:
+            was = ", ".join(f"{name} {of.get(name) if isinstance(of, dict) else None}" for name in different)
+            raise ValueError(f"The state is of batches with {was}; expected {', '.join(f'{name} {self._of[name]}' for name in different)}.")
+        self._iterator.set_state({name: value for name, value in state.items() if name != "of"})
+
+    def close(self):
+        self._iterator.close()
 
 
 def split(source, count, *, seed=0):

@@ -173,10 +173,12 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
         now, wrong = whole()
         if wrong is not None:
             at = int(state.step)
+            advice = "Try a lower learning rate or gradient clipping, or check the data for nan and for labels out of range."
+            if wrong.startswith("update_norm"):
+                advice = "The loss and its gradient are finite, so the optimiser made it: check its learning rate at this step."
             raise NonFiniteLoss(
                 f"{wrong} at step {at}: the step was not taken, and the run before it is this error's `run`"
-                f"{' and was saved' if save and at > start else ''}. Try a lower learning rate or gradient clipping, or check the data for "
-                "nan and for labels out of range.",
+                f"{' and was saved' if save and at > start else ''}. {advice}",
                 now,
             )
         return now
@@ -200,7 +202,8 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
         return now
 
     progress = progress and jax.process_index() == 0
-    shown = bar("training", "steps", steps, start, loss=math.nan) if progress else contextlib.nullcontext(lambda done, **numbers: None)
+    loss = run.history[-1].get("loss", math.nan) if run.history else math.nan
+    shown = bar("training", "steps", steps, start, loss=loss) if progress else contextlib.nullcontext(lambda done, **numbers: None)
     with _Signals() as signals:
         try:
             with shown as show, contextlib.ExitStack() as tracing:

@@ -170,9 +170,10 @@ from fmjax import files
 with files.Lock(sys.argv[1]) as lock:
     if os.fork() == 0:
         lock.release()
+        # The child says so, so that it has begun.
+        print("held", flush=True)
         time.sleep(20)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(20)
 """
 

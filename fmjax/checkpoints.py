@@ -29,7 +29,6 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from fmjax import checks, files, parallel, training
-from fmjax.training.loop import json_holds
 
 INDEX = "checkpoint.json"
 FORMAT = "fmjax 1"
@@ -120,8 +119,12 @@ class Checkpointer:
         self._knows, self._closed = False, False
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._lock = _lock(self.folder)
-        parallel.on_first(self._require_writable)
-        parallel.on_first(self._tidy)
+        try:
+            parallel.on_first(self._require_writable)
+            parallel.on_first(self._tidy)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __enter__(self):
         return self
@@ -242,10 +245,7 @@ class Checkpointer:
     def _beside(self, run):
         """What stands beside the arrays."""
         training.check_run(run)
-        if not json_holds(run.position):
-            raise TypeError(
-                f"The batches' get_state() gives {run.position!r}, but a place in the data is what JSON can hold and give back."
-            )
+        training.check_position(run.position)
         last = run.history[-1] if run.history and run.history[-1].get("step") == int(run.state.step) else None
         if last is not None and self._best is not None and self._best not in last:
             raise ValueError(f"best is {self._best!r}, but the metrics are {', '.join(map(repr, last))}: name one of these.")
@@ -317,23 +317,20 @@ class Checkpointer:
 
     def _tidy(self):
         """Removes what interrupted saves left."""
-        for path in self.folder.iterdir():
-            if _PART.fullmatch(path.name) or (path.name.isdecimal() and path.is_dir() and not _is_checkpoint(path)):
+        for path in list(self.folder.iterdir()):
+            if _PART.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif path.name.isdecimal() and path.is_dir() and not _is_checkpoint(path):
                 _remove(path)
 
     def _require_writable(self):
         """Raises here and now: Orbax's threads would wait for each other for minutes."""
-        try:
+        with _named(self.folder):
             self._lock.check()
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".{secrets.token_hex(8)}.part"
             probe.touch()
             probe.unlink()
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            message = f"Checkpoints cannot be written to {self.folder}: {error.strerror}. Make it writable, or give another folder."
-            raise type(error)(message) from error
 
 
 class _Elsewhere:
@@ -356,15 +353,22 @@ def _lock(folder):
     """The lock of a folder, which process 0 of a job takes."""
 
     def take():
-        try:
+        with _named(folder):
             return files.Lock(folder)
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            message = f"Checkpoints cannot be written to {folder}: {error.strerror}. Make it writable, or give another folder."
-            raise type(error)(message) from error
 
     return parallel.on_first(take) or _Elsewhere()
+
+
+@contextlib.contextmanager
+def _named(folder):
+    """Says of which folder an error of the system is."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        message = f"Checkpoints cannot be written to {folder}: {error.strerror}. Make it writable, or give another folder."
+        raise type(error)(message) from error
 
 
 def _begin(folder, tree, beside):
@@ -515,15 +519,13 @@ def _verify(folder, expected):
     mine = list(expected)[jax.process_index() :: jax.process_count()]
     found = files.checksums(folder, mine)
     bad = [name for name in mine if found[name] != expected[name]]
-    anywhere = np.asarray(len(bad))
-    if jax.process_count() > 1:
-        anywhere = multihost_utils.process_allgather(anywhere)
+    anywhere = parallel.anywhere(bool(bad))
     if bad:
         size, wanted = (found[bad[0]] or ["missing"])[0], expected[bad[0]][0]
         what = "missing" if size == "missing" else "of another content" if size == wanted else f"{size} bytes, where {wanted} were written"
         more = f", and {len(bad) - 1} more of its files are not as they were written" if len(bad) > 1 else ""
         raise CorruptCheckpoint(f"The checkpoint at {folder.parent} is damaged: {folder.name}/{bad[0]} is {what}{more}.")
-    if np.sum(anywhere):
+    if anywhere:
         raise CorruptCheckpoint(
             f"The checkpoint at {folder.parent} is damaged: another process of this job found files that are not as they were written."
         )

@@ -621,7 +621,7 @@ ELSEWHERE = {
     | {"paths.signal_at"},
     "clocks, which solvers call": {"solvers.log_ratio"},
     "files and devices, in test_training.py, test_parallel.py and test_checkpoints.py": {
-        *(f"training.{name}" for name in ["check_run", "check_state", "fit", "json_lines", "tensorboard"]),
+        *(f"training.{name}" for name in ["check_position", "check_run", "check_state", "fit", "json_lines", "tensorboard"]),
         *(
             f"parallel.{name}"
             for name in [

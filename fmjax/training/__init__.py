@@ -8,7 +8,7 @@ with `fmjax.parallel`. A `Run` is all that a training goes on from.
 """
 
 from fmjax.training.logs import json_lines, tensorboard
-from fmjax.training.loop import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run, check_run, fit
+from fmjax.training.loop import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run, check_position, check_run, fit
 from fmjax.training.state import TrainState, check_state, init, make_step
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Preempted",
     "Run",
     "TrainState",
+    "check_position",
     "check_run",
     "check_state",
     "fit",

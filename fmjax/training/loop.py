@@ -63,12 +63,14 @@ class NonFiniteLoss(FloatingPointError):
         self.run = run
 
 
-def json_holds(value):
-    """Whether JSON gives a value back as it is."""
+def check_position(position):
+    """Raises unless a place in the data is what JSON gives back as it is."""
     try:
-        return json.loads(json.dumps(value)) == value
+        same = json.loads(json.dumps(position)) == position
     except (TypeError, ValueError):
-        return False
+        same = False
+    if not same:
+        raise TypeError(f"The batches' get_state() gives {position!r}, but a place in the data is what JSON can hold and give back.")
 
 
 def check_run(run):
@@ -135,8 +137,8 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
     steps = max(start, steps)
     state, alive, take = _compiled(step, run, donate)
     before = jax.device_get(_not_finite(state))
-    if save is not None and not json_holds(data.place()):
-        raise TypeError(f"The batches' get_state() gives {data.place()!r}, but a place in the data is what JSON can hold and give back.")
+    if save is not None:
+        check_position(data.place())
     # What was logged, the metrics since then, and the places before the steps of those that are still on the device, and after the last.
     history, unlogged, pending, places = run.history, list(run.unlogged), [], [data.place()]
     saved, now = start, None

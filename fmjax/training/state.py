@@ -96,10 +96,8 @@ def _update_norm(updates, params, opt_state, old):
     for new, before in pairs:
         if not jnp.issubdtype(new.dtype, jnp.inexact):
             continue
-        zero = jnp.abs(_float32(new)) * 0
-        if not new.shape:
-            # Such as the best loss so far, which begins at infinity.
-            zero = jnp.where(jnp.isfinite(before), zero, 0)
+        # Some begin at infinity, such as the best loss so far.
+        zero = jnp.where(jnp.isfinite(before), jnp.abs(_float32(new)) * 0, 0)
         if new.shape in place:
             i = next(place[new.shape])
             squares[i] = squares[i] + zero

@@ -148,8 +148,9 @@ def measure(count, seed=0):
             files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1)
             last = [path for path in files if path.is_relative_to(folder / "3")] or files
             while True:
-                # Every file as often as any other, and half of the faults in the largest of the last checkpoint.
-                file = rng.choice(files) if rng.random() < 0.5 else max(last, key=lambda path: path.stat().st_size)
+                # Any file; of the last checkpoint the largest, where the arrays are; and that in which the rest stands.
+                largest = max(last, key=lambda path: path.stat().st_size)
+                file = rng.choice([rng.choice(files), largest, *[path for path in last if path.name == checkpoints.INDEX]])
                 content = file.read_bytes()
                 changed = fault(content, rng)
                 if changed != content:

@@ -3,6 +3,7 @@
 Every training is a process of its own, `worker.py`.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -231,6 +232,31 @@ def test_a_full_disk(tmp_path, disk, cache, undisturbed):
     assert final(roomy).keys() == final(undisturbed).keys()
     for name, leaf in final(undisturbed).items():
         assert final(roomy)[name].tobytes() == leaf.tobytes(), name
+
+
+def fill(file):
+    """Writes until the disk is full."""
+    with file.open("wb", buffering=0) as more, contextlib.suppress(OSError):
+        while True:
+            more.write(bytes(4096))
+
+
+def test_a_full_disk_of_the_log(tmp_path, disk, cache):
+    """The run is saved where there is room, and the log is whole when it goes on."""
+    run(tmp_path / "undisturbed", cache=cache, every=1, save_every=10, steps=48)
+    worker = Worker(tmp_path / "run", logs=str(disk), cache=cache, every=1, save_every=10, steps=48, pause=0.05)
+    assert worker.until("row 4")
+    fill(disk / "more")
+    status, printed = worker.end()
+    assert status == 1, printed
+    assert "No space left on device" in printed or "could not be written to the end: is the disk full?" in printed
+    stopped = newest(tmp_path / "run").name
+    assert 4 < int(stopped) < 48
+    (disk / "more").unlink()
+    assert f"from {stopped}" in run(tmp_path / "run", logs=str(disk), cache=cache, every=1, save_every=10, steps=48)
+    for name in ("rows.jsonl", "tensorboard"):
+        shutil.move(disk / name, tmp_path / "run" / name)
+    assert_same(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_a_folder_that_cannot_be_written_to(disk, cache):

@@ -93,7 +93,8 @@ def main(given):
             print(f"row {metrics['step']}", flush=True)
             time.sleep(config["pause"])
 
-        logs = [training.json_lines(folder / "rows.jsonl", run.history), training.tensorboard(folder / "tensorboard", run.history)]
+        where = Path(config.get("logs", folder))
+        logs = [training.json_lines(where / "rows.jsonl", run.history), training.tensorboard(where / "tensorboard", run.history)]
         run = training.fit(
             step,
             run,

@@ -95,9 +95,9 @@ CHIPS = {
     "h100": Chip("cuda", 989.4e12, 3352e9, 450e9, gpus, "cudnn", NO_TRIALS, 84942979072),
 }
 MODELS = {
-    "DiT-XL/2": functools.partial(dit.XL, patch=2),
-    "DiT-3B/2": functools.partial(dit.DiT, patch=2, width=2304, depth=32, heads=18),
-    "DiT-8B/2": functools.partial(dit.DiT, patch=2, width=3328, depth=40, heads=26),
+    "DiT-XL/2": functools.partial(dit.DiT_XL, patch_size=2),
+    "DiT-3B/2": functools.partial(dit.DiT, patch_size=2, hidden_size=2304, depth=32, num_heads=18),
+    "DiT-8B/2": functools.partial(dit.DiT, patch_size=2, hidden_size=3328, depth=40, num_heads=26),
 }
 RULES = {"replicated": parallel.replicated, "fully_sharded": parallel.fully_sharded}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -191,7 +191,7 @@ def measure(program):
     chip = program.chip
     devices = topologies.get_topology_desc(platform=chip.platform, **chip.describe(program.topology)).devices
     mesh = parallel.mesh(devices=devices)
-    make = functools.partial(MODELS[program.model], classes=train_step.CLASSES, dtype=jnp.bfloat16, attention=chip.attention)
+    make = functools.partial(MODELS[program.model], num_classes=train_step.CLASSES, dtype=jnp.bfloat16, attention=chip.attention)
     model = make(scan=program.scan, remat=program.remat)
     step, arguments, stay = lowered_from(model, mesh, RULES[program.rule], program.batch)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params))
@@ -224,7 +224,7 @@ def measure(program):
             "ms": {name: short(1e3 * value) for name, value in times.items()},
             "step, ms": [short(1e3 * least), short(1e3 * most)],
             "MFU": [short(times["compute"] / most), short(times["compute"] / least)],
-            "images a second": [short(program.batch / most), short(program.batch / least)],
+            "images per second": [short(program.batch / most), short(program.batch / least)],
         },
         "seconds to compile": short(seconds),
     }
@@ -258,7 +258,7 @@ def lowered_from(model, mesh, rule, batch):
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=jax.tree.leaves(parallel.replicated({"key": key}, mesh))[0])
     step = train_step.step(model, optimizer)
-    step = parallel.by_examples(step, mesh) if rule is parallel.fully_sharded else step
+    step = parallel.constrain_activations(step, mesh) if rule is parallel.fully_sharded else step
     return step, (there(state, stay), key, there((x, y), (spread, spread))), stay
 
 
@@ -270,9 +270,9 @@ def hbm_bytes(model, parameters, images, state):
     gathered; of the activations, every product reads its input and writes its output, and a softmax reads and writes its scores,
     unless attention is fused.
     """
-    tokens, width = (train_step.SHAPE[0] // model.patch) ** 2, model.width
+    tokens, width = (train_step.SHAPE[0] // model.patch_size) ** 2, model.hidden_size
     passes = 3 + model.remat
-    scores = 0 if model.attention == "cudnn" else 2 * 4 * model.heads * tokens**2
+    scores = 0 if model.attention == "cudnn" else 2 * 4 * model.num_heads * tokens**2
     per_layer = 2 * tokens * width * (2 * (1 + 3) + 2 + 2 * (1 + 4) + 6) + scores
     return state * 9 / 4 + parameters * 2 * (passes + 1) + images * model.depth * per_layer * passes
 

@@ -100,7 +100,7 @@ def sampler(config, model):
 
     def sample(params, x_0, y):
         field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, CLASSES, config.scale)
-        return sampling.sample_ode(field, x_0, times.grid(config.steps), step=sampling.euler)[0]
+        return sampling.sample_ode(field, x_0, times.uniform_grid(config.steps), step=sampling.euler)[0]
 
     return sample
 

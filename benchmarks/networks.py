@@ -197,7 +197,7 @@ def transformer(config):
 
 def lab_unet(config):
     """The U-Net of the course's third lab on MNIST's shape."""
-    yield from beside(config, f"U-Net of the lab, batch {config.batch}", unet.LAB(classes=10), (28, 28, 1), "UNet")
+    yield from beside(config, f"U-Net of the lab, batch {config.batch}", unet.LabUNet(num_classes=10), (28, 28, 1), "UNet")
 
 
 def beside(config, name, model, shape, twin):
@@ -207,7 +207,7 @@ def beside(config, name, model, shape, twin):
     torch, packages = pytorch.torch, ("torch",)
     keys = jax.random.split(jax.random.key(config.seed), 7)
     x_0, x_1 = (sampling.noise(key, (config.batch, *shape)) for key in keys[:2])
-    t, y = jax.random.uniform(keys[2], (config.batch,)), jax.random.randint(keys[3], (config.batch,), 0, model.classes)
+    t, y = jax.random.uniform(keys[2], (config.batch,)), jax.random.randint(keys[3], (config.batch,), 0, model.num_classes)
     params = randomized(keys[5], jax.jit(model.init)(keys[4], x_0, t, y))
     network = pytorch.load(getattr(pytorch, twin)(model, shape), params)
     torch_x_0, torch_x_1 = map(pytorch.images, (x_0, x_1))

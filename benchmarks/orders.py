@@ -31,10 +31,10 @@ import optax
 import tyro
 
 from benchmarks.rows import commit, describe, start
-from fmjax import diffusion, losses, marginals, metrics, paths, sampling, solvers, times, training
+from fmjax import losses, marginals, metrics, paths, sampling, times, training
 from fmjax.data import toy
 from fmjax.models import mlp
-from fmjax.sampling import scan, stochastic
+from fmjax.sampling import steps, stochastic
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,7 @@ RESTING = ("polynomial 2", "polynomial 3", "flat ends")
 INFINITE = ("variance preserving", "square root")
 """Paths whose velocity is infinite at data."""
 SIGMAS = {"0": (0.0, 0.0), "0.5": (0.5, 0.0), "1": (1.0, 0.0), "2": (2.0, 0.0), "2 beta": (0.0, 2.0), "reverse SDE": None}
-"""Each a number, and how much of beta is added to it, which are arguments of one program; None is `diffusion.natural`."""
+"""Each a number, and how much of beta is added to it, which are arguments of one program; None is `sampling.sigma_sbdm`."""
 NOISY = {
     "euler_maruyama": sampling.euler_maruyama,
     "stochastic_heun": sampling.stochastic_heun,
@@ -90,13 +90,13 @@ FLOWS: dict[str, Callable] = {
     "heun": lambda path: sampling.heun,
     "midpoint": lambda path: sampling.midpoint,
     "rk4": lambda path: sampling.rk4,
-    "ddim": solvers.ddim,
-    "solvers.heun": solvers.heun,
-    "edm_heun": solvers.edm_heun,
-    **{f"adams_bashforth {k}": lambda path, k=k: solvers.adams_bashforth(k) for k in (2, 3, 4)},
-    **{f"dpm_solver_pp {k}": functools.partial(lambda path, k: solvers.dpm_solver_pp(path, k), k=k) for k in (2, 3)},
-    **{f"unipc {k}": functools.partial(lambda path, k: solvers.unipc(path, k), k=k) for k in (2, 3)},
-    **{f"deis {k}": functools.partial(lambda path, k: solvers.deis(path, k), k=k) for k in (2, 3)},
+    "ddim": sampling.ddim,
+    "sampling.path_heun": sampling.path_heun,
+    "edm_heun": sampling.edm_heun,
+    **{f"adams_bashforth {k}": lambda path, k=k: sampling.adams_bashforth(k) for k in (2, 3, 4)},
+    **{f"dpm_solver_pp {k}": functools.partial(lambda path, k: sampling.dpm_solver_pp(path, k), k=k) for k in (2, 3)},
+    **{f"unipc {k}": functools.partial(lambda path, k: sampling.unipc(path, k), k=k) for k in (2, 3)},
+    **{f"deis {k}": functools.partial(lambda path, k: sampling.deis(path, k), k=k) for k in (2, 3)},
 }
 MEAN, SCALE = 1.0, 0.5
 
@@ -125,7 +125,7 @@ class Config:
 
 def drawn(path, step, natural, n, begin, number, share):
     """The mean and the standard deviation of what a sampler with noise draws of a Gaussian, exactly."""
-    sigma = diffusion.natural(path) if natural else lambda t: number + share * path.beta(t)
+    sigma = sampling.sigma_sbdm(path) if natural else lambda t: number + share * path.beta(t)
     velocity = marginals.velocity(path, marginals.GaussianMixture(jnp.ones(1), jnp.full((1, 1), MEAN), jnp.full(1, SCALE)))
     draws = 2 * n
     mean, variance = path.alpha(begin) * MEAN, (path.alpha(begin) * SCALE) ** 2 + path.beta(begin) ** 2
@@ -136,13 +136,13 @@ def drawn(path, step, natural, n, begin, number, share):
         return jax.nn.one_hot(key + 2, draws + 2, dtype=dtype)[:, None]
 
     numbered = {"fold_in": lambda key, index: 2 * index, "split": lambda key, num: key + jnp.arange(num)}
-    last = sampling.mean if step is sampling.stochastic_heun else None
+    last = sampling.euler_maruyama_noiseless if step is sampling.stochastic_heun else None
     with (
-        mock.patch.object(scan, "noise", unit),
+        mock.patch.object(steps, "noise", unit),
         mock.patch.object(stochastic, "noise", unit),
         mock.patch.multiple(jax.random, **numbered),
     ):
-        grid = times.grid(n, start=begin)
+        grid = times.uniform_grid(n, start=begin)
         x = sampling.sample_diffusion(path, velocity, sigma, jax.random.key(0), x_0, grid, step=step, last=last)[0][:, 0]
     return x[0], jnp.sqrt((x[1] - x[0]) ** 2 * variance + ((x[2:] - x[0]) ** 2).sum())
 
@@ -182,7 +182,7 @@ def flow(config):
         for step, make in FLOWS.items():
             solver = make(path)
             follow = jax.jit(lambda x, grid, field=field, step=solver: sampling.sample_ode(field, x, grid, step=step)[0])
-            ends = [follow(x_0, times.grid(n, start=begin, end=end)) for n in config.fine]
+            ends = [follow(x_0, times.uniform_grid(n, start=begin, end=end)) for n in config.fine]
             errors = [float(np.abs(np.asarray(x) - exact).mean()) for x in ends]
             yield summary("flow", name, step, config.fine, errors, begin=begin)
 
@@ -190,7 +190,7 @@ def flow(config):
 def learnt(config):
     """What noise does where the velocity is learnt, on a path that is straight and on one that comes to rest at data."""
     data, fresh = (toy.moons(jax.random.key(seed), config.samples) for seed in (0, 1))
-    optimizer, model = optax.adam(1e-3), mlp.MLP(width=128, depth=3)
+    optimizer, model = optax.adam(1e-3), mlp.MLP(hidden_size=128, depth=3)
     for name in (each for each in ("linear", "flat ends") if each in config.paths):
         path, begin = PATHS[name], 1e-3 if name in RESTING else 0.0
 
@@ -207,8 +207,10 @@ def learnt(config):
 
         x_0 = sampling.noise(jax.random.key(4), data.shape)
         velocity = functools.partial(model.apply, state.ema)
-        whole, short = times.grid(100, start=begin), times.grid(100, start=begin, end=0.99)
-        ways: list[tuple] = [(each, takes, whole, sampling.mean if each == "stochastic_heun" else None) for each, takes in NOISY.items()]
+        whole, short = times.uniform_grid(100, start=begin), times.uniform_grid(100, start=begin, end=0.99)
+        ways: list[tuple] = [
+            (each, takes, whole, sampling.euler_maruyama_noiseless if each == "stochastic_heun" else None) for each, takes in NOISY.items()
+        ]
         ways.append(("euler_maruyama to .99, tweedie", sampling.euler_maruyama, short, sampling.tweedie))
         yield {"kind": "learnt", "path": name, "step": "data", "energy_distance": distance(data, fresh)}
         for sigma in ("0", "2 beta", "1", "2"):

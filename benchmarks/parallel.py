@@ -9,7 +9,7 @@ What a row says, and how it is measured, is at the head of `benchmarks/rows.py`.
 - `ways`: `parallel.pmap` and a mesh of one device over `jax.jit` alone.
 - `stall`: how long training waits for `Checkpointer.save` of a transformer's state, over the time until it is written.
 - `verified`: the time to read that checkpoint with its checksums, over the time of Orbax to read it alone.
-- `pictures`: images a second of `data.pipeline` from memory, and of a bare copy of as many.
+- `pictures`: images per second of `data.pipeline` from memory, and of a bare copy of as many.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def main(config: Config):
 
 def small(config):
     """A step, its state and a batch."""
-    model, optimizer = dit.DiT(patch=4, width=config.width, depth=4, heads=4, classes=10), optax.adamw(1e-4)
+    model, optimizer = dit.DiT(patch_size=4, hidden_size=config.width, depth=4, num_heads=4, num_classes=10), optax.adamw(1e-4)
     keys = jax.random.split(jax.random.key(config.seed), 2)
     batch = jax.random.normal(keys[0], (config.batch, 28, 28, 1)), jnp.arange(config.batch) % 10
 
@@ -127,7 +127,7 @@ def ways(config):
     """`pmap` and a mesh on one device."""
     make, state, batch = small(config)
     key, mesh = jax.random.key(config.seed), parallel.mesh(1)
-    placed, spread = parallel.place(state, mesh), jax.device_put(batch, parallel.batch_sharding(mesh))
+    placed, spread = parallel.shard(state, mesh), jax.device_put(batch, parallel.batch_sharding(mesh))
     mapped, step = parallel.pmap(make(axis_name=parallel.AXIS), mesh), make()
     three = (mapped, placed, key, batch), (step, placed, key, spread), (step, state, key, batch)
     timed = rows.in_turns(config, [functools.partial(rows.fresh, *each) for each in three])

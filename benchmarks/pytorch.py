@@ -46,10 +46,10 @@ class Time(nn.Module):
 
     def __init__(self, encoding, width):
         super().__init__()
-        half = encoding.width // 2
+        half = encoding.features // 2
         self.scale = encoding.scale
         self.register_buffer("frequencies", encoding.max_period ** (-torch.arange(half) / half), persistent=False)
-        self.Dense_0, self.Dense_1 = nn.Linear(encoding.width, width), nn.Linear(width, width)
+        self.Dense_0, self.Dense_1 = nn.Linear(encoding.features, width), nn.Linear(width, width)
 
     def forward(self, t):
         phase = self.scale * t[:, None] * self.frequencies
@@ -87,9 +87,9 @@ def modulate(h, shift, scale):
 class Block(nn.Module):
     def __init__(self, model):
         super().__init__()
-        width = model.width
+        width = model.hidden_size
         self.norm_1, self.norm_2 = norm(width), norm(width)
-        self.attention = Attention(width, model.heads)
+        self.attention = Attention(width, model.num_heads)
         self.mlp = Perceptron(width, int(width * model.mlp_ratio))
         self.modulation = nn.Linear(width, 6 * width)
 
@@ -105,15 +105,15 @@ class DiT(nn.Module):
     def __init__(self, model, shape):
         super().__init__()
         height, width, channels = shape
-        self.patch, self.rows, self.depth = model.patch, height // model.patch, model.depth
-        positions = layers.grid_positions(self.rows, width // model.patch, model.width)
+        self.patch, self.rows, self.depth = model.patch_size, height // model.patch_size, model.depth
+        positions = layers.grid_positions(self.rows, width // model.patch_size, model.hidden_size)
         self.register_buffer("positions", torch.tensor(positions), persistent=False)
-        self.patches = nn.ModuleDict({"Conv_0": nn.Conv2d(channels, model.width, model.patch, model.patch)})
-        self.time, self.label = Time(model.encoding, model.width), nn.Embedding(model.classes + 1, model.width)
+        self.patches = nn.ModuleDict({"Conv_0": nn.Conv2d(channels, model.hidden_size, model.patch_size, model.patch_size)})
+        self.time, self.label = Time(model.time_embedding, model.hidden_size), nn.Embedding(model.num_classes + 1, model.hidden_size)
         for i in range(model.depth):
             self.add_module(f"block_{i}", Block(model))
-        self.last_norm, self.last_modulation = norm(model.width), nn.Linear(model.width, 2 * model.width)
-        self.last = nn.Linear(model.width, model.patch**2 * channels * (1 + model.learn_sigma))
+        self.last_norm, self.last_modulation = norm(model.hidden_size), nn.Linear(model.hidden_size, 2 * model.hidden_size)
+        self.last = nn.Linear(model.hidden_size, model.patch_size**2 * channels * (1 + model.learn_sigma))
 
     def forward(self, x, t, y):
         h = self.patches["Conv_0"](x).flatten(2).transpose(1, 2) + self.positions
@@ -132,10 +132,10 @@ def convolution(channels, out, stride=1):
 class Residual(nn.Module):
     def __init__(self, model, channels, out, resample=None):
         super().__init__()
-        self.resample, self.scale_shift = resample, model.scale_shift
+        self.resample, self.scale_shift = resample, model.scale_shift_norm
         self.norm_in, self.norm_out = nn.GroupNorm(model.groups, channels), nn.GroupNorm(model.groups, out)
         self.conv_in, self.conv_out = convolution(channels, out), convolution(out, out)
-        self.embedding = nn.Linear(4 * model.width, out * (1 + model.scale_shift))
+        self.embedding = nn.Linear(4 * model.model_channels, out * (1 + model.scale_shift_norm))
         if channels != out:
             self.skip = nn.Conv2d(channels, out, 1)
 
@@ -157,7 +157,7 @@ class Residual(nn.Module):
 class PixelAttention(nn.Module):
     def __init__(self, model, channels):
         super().__init__()
-        self.heads = model.heads or channels // model.head_width
+        self.heads = model.num_heads or channels // model.head_dim
         self.norm = nn.GroupNorm(model.groups, channels)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
 
@@ -181,26 +181,26 @@ class UNet(nn.Module):
 
     def __init__(self, model, shape):
         super().__init__()
-        channels = [int(model.width * multiplier) for multiplier in model.multipliers]
-        self.levels, self.blocks, self.resample_blocks = len(channels), model.blocks, model.resample_blocks
-        self.time = Time(model.encoding or layers.Sinusoids(model.width), 4 * model.width)
-        if model.classes is not None:
-            self.label = nn.Embedding(model.classes + 1, 4 * model.width)
+        channels = [int(model.model_channels * multiplier) for multiplier in model.channel_mult]
+        self.levels, self.blocks, self.resample_blocks = len(channels), model.num_res_blocks, model.resblock_updown
+        self.time = Time(model.time_embedding or layers.Sinusoids(model.model_channels), 4 * model.model_channels)
+        if model.num_classes is not None:
+            self.label = nn.Embedding(model.num_classes + 1, 4 * model.model_channels)
 
         def attend(name, width, shrink=None):
-            if shrink in model.attention or (shrink is None and model.attention):
+            if shrink in model.attention_resolutions or (shrink is None and model.attention_resolutions):
                 self.add_module(name, PixelAttention(model, width))
 
         self.add_module("in", convolution(shape[-1], channels[0]))
         seen, here = [channels[0]], channels[0]
         for level, width in enumerate(channels):
-            for i in range(model.blocks):
+            for i in range(model.num_res_blocks):
                 self.add_module(f"down_{level}_{i}", Residual(model, here, width))
                 attend(f"down_{level}_{i}_attention", width, 2**level)
                 here = width
                 seen.append(here)
             if level < self.levels - 1:
-                down = Residual(model, here, width, halve) if model.resample_blocks else convolution(here, width, 2)
+                down = Residual(model, here, width, halve) if model.resblock_updown else convolution(here, width, 2)
                 self.add_module(f"down_{level}", down)
                 seen.append(here)
 
@@ -208,12 +208,12 @@ class UNet(nn.Module):
         attend("middle_attention", here)
 
         for level, width in reversed(list(enumerate(channels))):
-            for i in range(model.blocks + 1):
+            for i in range(model.num_res_blocks + 1):
                 self.add_module(f"up_{level}_{i}", Residual(model, here + seen.pop(), width))
                 attend(f"up_{level}_{i}_attention", width, 2**level)
                 here = width
             if level > 0:
-                self.add_module(f"up_{level}", Residual(model, here, width, double) if model.resample_blocks else convolution(here, width))
+                self.add_module(f"up_{level}", Residual(model, here, width, double) if model.resblock_updown else convolution(here, width))
 
         self.norm_out = nn.GroupNorm(model.groups, here)
         self.out = convolution(here, shape[-1] * (1 + model.learn_sigma))

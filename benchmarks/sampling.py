@@ -51,7 +51,7 @@ from benchmarks.rows import (
     start,
     torch_threads,
 )
-from fmjax import guidance, paths, sampling, solvers, times
+from fmjax import guidance, paths, sampling, times
 from fmjax.models import dit, mlp
 
 SIGMA = 0.5
@@ -121,7 +121,7 @@ def chosen(config):
 
 def network(config, classes=None):
     """The perceptron and its weights at random."""
-    model = mlp.MLP(width=config.width, depth=config.depth, classes=classes)
+    model = mlp.MLP(hidden_size=config.width, depth=config.depth, num_classes=classes)
     labels = () if classes is None else (jnp.zeros(1, int),)
     return model, model.init(jax.random.key(config.seed), jnp.zeros((1, 2)), 0.5, *labels)
 
@@ -158,7 +158,7 @@ def hand_ode(model, params, x_0, grid):
 
 
 def hand_sde(model, params, key, x_0, grid):
-    """Euler and Maruyama's method as one would write it, one key a step for the whole batch."""
+    """Euler and Maruyama's method as one would write it, one key per step for the whole batch."""
 
     def body(carry, interval):
         (x, key), (t, dt) = carry, interval
@@ -170,7 +170,7 @@ def hand_sde(model, params, key, x_0, grid):
 
 
 def hand_sde_key_each(model, params, key, x_0, grid):
-    """The same with a key an example, so that any part of a batch can be drawn alone."""
+    """The same with a key per example, so that any part of a batch can be drawn alone."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x_0)))
 
     def body(x, interval):
@@ -193,7 +193,7 @@ def sizes(config):
     programs = [(f"sample_ode, {step.__name__}", functools.partial(our_ode, model, step=step), (params, x_0)) for step in STEPS]
     programs += [("sample_sde, euler_maruyama", functools.partial(our_sde, model), (params, key, x_0))]
     for name, program, arguments in programs:
-        compiled = [jax.jit(program).lower(*arguments, times.grid(steps)).compile() for steps in config.sizes]
+        compiled = [jax.jit(program).lower(*arguments, times.uniform_grid(steps)).compile() for steps in config.sizes]
         text = [len(re.sub(r"\d+", "0", instructions(each))) for each in compiled]
         code = [getattr(each.memory_analysis(), "generated_code_size_in_bytes", 0) for each in compiled]
         for unit, (few, many) in {"characters of HLO": text, "bytes of machine code": code}.items():
@@ -205,7 +205,7 @@ def sizes(config):
 def ode(config):
     """`sample_ode` over Euler's method written by hand."""
     model, params = network(config)
-    grid = times.grid(config.steps)
+    grid = times.uniform_grid(config.steps)
     functions = [functools.partial(our_ode, model), functools.partial(hand_ode, model)]
     for batch in config.batches:
         _, x_0 = start_at(config, batch)
@@ -219,10 +219,10 @@ def ode(config):
 
 
 def sde(config):
-    """`sample_sde` over Euler and Maruyama's method written by hand, with one key and with a key an example."""
+    """`sample_sde` over Euler and Maruyama's method written by hand, with one key and with a key per example."""
     model, params = network(config)
-    grid = times.grid(config.steps)
-    pairs = {"": (our_sde, hand_sde), " with a key an example": (our_sde_key_each, hand_sde_key_each)}
+    grid = times.uniform_grid(config.steps)
+    pairs = {"": (our_sde, hand_sde), " with a key per example": (our_sde_key_each, hand_sde_key_each)}
     for batch in config.batches:
         key, x_0 = start_at(config, batch)
         for which, pair in pairs.items():
@@ -240,7 +240,7 @@ def sde(config):
 def control(config):
     """The scan written by hand over itself: what a ratio of 1 looks like on this machine."""
     model, params = network(config)
-    grid = times.grid(config.steps)
+    grid = times.uniform_grid(config.steps)
     for batch in config.batches:
         _, x_0 = start_at(config, batch)
         makers = each([functools.partial(hand_ode, model)] * 2, params, x_0, grid)
@@ -271,12 +271,12 @@ def guided_points(config):
     model, params = network(config, classes=10)
     for batch in config.guidance_batches:
         _, x_0 = start_at(config, batch)
-        yield from guided(config, f"MLP, batch {batch}", model, params, x_0, jnp.arange(batch) % 10, 10, times.grid(config.steps))
+        yield from guided(config, f"MLP, batch {batch}", model, params, x_0, jnp.arange(batch) % 10, 10, times.uniform_grid(config.steps))
 
 
 def guided_images(config):
     """Guidance of a small diffusion transformer."""
-    model = dit.DiT(patch=2, width=64, depth=2, heads=4, classes=10, scan=True)
+    model = dit.DiT(patch_size=2, hidden_size=64, depth=2, num_heads=4, num_classes=10, scan=True)
     # Weights at random, since a new transformer gives zero everywhere.
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), 0.5, jnp.zeros(1, int))
     leaves, structure = jax.tree.flatten(shapes)
@@ -284,35 +284,37 @@ def guided_images(config):
     params = jax.tree.unflatten(structure, [jnp.asarray(0.05 * random.standard_normal(leaf.shape, np.float32)) for leaf in leaves])
     for batch in config.image_batches:
         x_0 = sampling.noise(jax.random.key(config.seed + 1), (batch, 8, 8, 1))
-        yield from guided(config, f"DiT, batch {batch}", model, params, x_0, jnp.arange(batch) % 10, 10, times.grid(config.image_steps))
+        yield from guided(
+            config, f"DiT, batch {batch}", model, params, x_0, jnp.arange(batch) % 10, 10, times.uniform_grid(config.image_steps)
+        )
 
 
 PATH = paths.Linear()
 OVERHEAD = {
     "heun": (sampling.heun, 2),
-    "adams_bashforth 2": (solvers.adams_bashforth(2), 1),
-    "adams_bashforth 3": (solvers.adams_bashforth(3), 1),
-    "dpm_solver_pp 2": (solvers.dpm_solver_pp(PATH, 2), 1),
-    "dpm_solver_pp 3": (solvers.dpm_solver_pp(PATH, 3), 1),
-    "unipc 2": (solvers.unipc(PATH, 2), 1),
-    "unipc 3": (solvers.unipc(PATH, 3), 1),
-    "deis 3": (solvers.deis(PATH, 3), 1),
+    "adams_bashforth 2": (sampling.adams_bashforth(2), 1),
+    "adams_bashforth 3": (sampling.adams_bashforth(3), 1),
+    "dpm_solver_pp 2": (sampling.dpm_solver_pp(PATH, 2), 1),
+    "dpm_solver_pp 3": (sampling.dpm_solver_pp(PATH, 3), 1),
+    "unipc 2": (sampling.unipc(PATH, 2), 1),
+    "unipc 3": (sampling.unipc(PATH, 3), 1),
+    "deis 3": (sampling.deis(PATH, 3), 1),
     "ancestral": (sampling.ancestral, 1),
     "sde_dpm_solver_pp": (sampling.sde_dpm_solver_pp, 1),
     "churn": (sampling.churn(), 2),
 }
-"""Solvers, and their evaluations a step."""
+"""Solvers, and their evaluations per step."""
 NOISY = ("ancestral", "sde_dpm_solver_pp", "churn")
 
 
 def overhead(config):
     """Every solver over as many bare evaluations of a DiT-S/4 for one image of 32 x 32."""
-    model = dit.DiT(patch=4, width=config.solver_width, depth=config.solver_depth, heads=6, scan=True)
+    model = dit.DiT(patch_size=4, hidden_size=config.solver_width, depth=config.solver_depth, num_heads=6, scan=True)
     x_0 = sampling.noise(jax.random.key(config.seed + 1), (1, 32, 32, 4))
     random = np.random.default_rng(config.seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x_0, 0.5)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32)), shapes)
-    grid, key = times.grid(config.solver_steps), jax.random.key(config.seed)
+    grid, key = times.uniform_grid(config.solver_steps), jax.random.key(config.seed)
 
     def solve(step, noisy, params, x_0, grid):
         field = functools.partial(model.apply, params)
@@ -360,7 +362,7 @@ def handed_over(config):
     """
     diffrax = importlib.import_module("diffrax")
     model, params = network(config)
-    grid, batch = times.grid(config.steps), config.batches[0]
+    grid, batch = times.uniform_grid(config.steps), config.batches[0]
     _, x_0 = start_at(config, batch)
     theirs = [functools.partial(diffrax_euler, diffrax, model, config.steps, throw=throw) for throw in (True, False)]
     functions = [*theirs, functools.partial(our_ode, model)]
@@ -373,7 +375,7 @@ def diffrax_ode(config):
     """diffrax over `sample_ode`."""
     diffrax = importlib.import_module("diffrax")
     model, params = network(config)
-    grid = times.grid(config.steps)
+    grid = times.uniform_grid(config.steps)
 
     functions = [functools.partial(diffrax_euler, diffrax, model, config.steps), functools.partial(our_ode, model)]
     for batch in config.batches:
@@ -391,7 +393,7 @@ def diffrax_sde(config):
     """diffrax with a virtual Brownian tree over `sample_sde`. The noise is another, so means and deviations are compared."""
     diffrax, lineax = map(importlib.import_module, ("diffrax", "lineax"))
     model, params = network(config)
-    grid = times.grid(config.steps)
+    grid = times.uniform_grid(config.steps)
 
     def theirs(params, key, x_0, grid):
         motion = diffrax.VirtualBrownianTree(0.0, 1.0, tol=0.5 / config.steps, shape=x_0.shape, key=key)
@@ -518,7 +520,7 @@ def torch_ode(config, torch, theirs, package, name=None, step=sampling.euler):
     """A solver of PyTorch over `sample_ode`."""
     name = name or package
     model, params = network(config)
-    grid = times.grid(config.steps)
+    grid = times.uniform_grid(config.steps)
     velocity, packages = torch_network(torch, params, config.depth), (package, "torch")
     quick = dataclasses.replace(config, seconds=config.seconds / 2)
     for batch in config.batches:

@@ -9,7 +9,7 @@ solution. An error is the mean of |x - x*| over points and coordinates from the 
 draws of the data. All on the linear path. A solver has at most the evaluations that a row names, each step as many as it takes.
 
 Rows "uniform" follow equal steps, rows "quadratic" those of `times.quadratic`, which shrink towards data; rows "fitted" follow the
-grid that `times.fitted` found for that solver and number of evaluations from other noise; the map of (a) is two numbers, which a
+grid that `times.optimize_grid` found for that solver and number of evaluations from other noise; the map of (a) is two numbers, which a
 grid can be made to meet, so (b) and (c) say more of them. diffusers' schedulers run on the uniform grid, as they come, in float32
 with the same velocity; ratios to them are rounded to four digits.
 """
@@ -28,7 +28,7 @@ import tyro
 
 from benchmarks.rows import describe, finish, ready, row, short, start
 from experiments import gallery
-from fmjax import guidance, marginals, metrics, paths, sampling, solvers, times
+from fmjax import guidance, marginals, metrics, paths, sampling, times
 from fmjax.data import digits
 
 PATH = paths.Linear()
@@ -38,12 +38,12 @@ SOLVERS = {
     "midpoint": (sampling.midpoint, 2),
     "ralston": (sampling.ralston, 2),
     "rk4": (sampling.rk4, 4),
-    **{f"adams_bashforth {k}": (solvers.adams_bashforth(k), 1) for k in (2, 3, 4)},
-    **{f"dpm_solver_pp {k}": (solvers.dpm_solver_pp(PATH, k), 1) for k in (2, 3)},
-    **{f"unipc {k}": (solvers.unipc(PATH, k), 1) for k in (1, 2, 3)},
-    **{f"deis {k}": (solvers.deis(PATH, k), 1) for k in (2, 3)},
+    **{f"adams_bashforth {k}": (sampling.adams_bashforth(k), 1) for k in (2, 3, 4)},
+    **{f"dpm_solver_pp {k}": (sampling.dpm_solver_pp(PATH, k), 1) for k in (2, 3)},
+    **{f"unipc {k}": (sampling.unipc(PATH, k), 1) for k in (1, 2, 3)},
+    **{f"deis {k}": (sampling.deis(PATH, k), 1) for k in (2, 3)},
 }
-"""Each with its evaluations a step."""
+"""Each with its evaluations per step."""
 NAMESAKES = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "heun",
@@ -150,7 +150,9 @@ def of_digits(config):
 
 def fine(field, steps=2000):
     """The map of a flow, by many steps that shrink towards noise and data."""
-    return lambda x_0: jax.jit(lambda x_0: sampling.sample_ode(field, x_0, times.cosine(times.grid(steps)), step=sampling.rk4)[0])(x_0)
+    return lambda x_0: jax.jit(lambda x_0: sampling.sample_ode(field, x_0, times.cosine(times.uniform_grid(steps)), step=sampling.rk4)[0])(
+        x_0
+    )
 
 
 def steps_of(name, evaluations):
@@ -170,7 +172,7 @@ def flow(config, name, field, x_0, exact, draws, to_fit):
             if not steps:
                 continue
             sample = jax.jit(lambda x_0, grid, step=step: sampling.sample_ode(field, x_0, grid, step=step)[0])
-            grids = {"uniform": times.grid(steps), "quadratic": times.quadratic(times.grid(steps))}
+            grids = {"uniform": times.uniform_grid(steps), "quadratic": times.quadratic(times.uniform_grid(steps))}
             if solver in to_fit and steps > 1:
                 grids["fitted"] = fit(config, sample, exact, x_0, steps)
             for grid, ts in grids.items():
@@ -181,7 +183,9 @@ def fit(config, sample, exact, x_0, steps):
     """The grid that serves a solver best, from noise that is not measured."""
     other = jax.random.normal(jax.random.key(config.seed + 7), (config.fitting_points, *x_0.shape[1:]), x_0.dtype)
     there = exact(other)
-    return times.fitted(lambda grid: ((sample(other, grid) - there) ** 2).mean(), times.grid(steps), iterations=config.iterations)
+    return times.optimize_grid(
+        lambda grid: ((sample(other, grid) - there) ** 2).mean(), times.uniform_grid(steps), iterations=config.iterations
+    )
 
 
 def errors(name, solver, grid, evaluations, found, x_1, draws, **more):

@@ -9,7 +9,7 @@ of a round's mean, after one that does not count.
 
 MFU is the share of the device's dense peak in bfloat16 that the network's own products make up,
 
-    MFU = 3 F B / (seconds a step * peak),   F = 2 (sum of kernel sizes * their rows + 2 tokens^2 width depth)            (1)
+    MFU = 3 F B / (seconds per step * peak),   F = 2 (sum of kernel sizes * their rows + 2 tokens^2 width depth)            (1)
 
 where F are the operations of a forward pass on one image (a backward pass is two), B is the batch, and products that are computed
 twice because of `--remat` count once.
@@ -42,7 +42,7 @@ from benchmarks import rows
 from fmjax import losses, paths, sampling, training
 from fmjax.models import dit
 
-MODELS = {f"DiT-{size}/{patch}": (getattr(dit, size), patch) for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
+MODELS = {f"DiT-{size}/{patch}": (getattr(dit, f"DiT_{size}"), patch) for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
 CLASSES = 1000
 SHAPE = (32, 32, 4)
 """Of the latents of an image of 256 pixels."""
@@ -127,7 +127,7 @@ def measure(config):
     settings = [f"batch {config.batch}", config.dtype, f"attention {config.attention}"]
     settings += [f"{config.depth} blocks"] * (config.depth is not None) + ["remat"] * config.remat + ["unrolled"] * (not config.scan)
     name = f"{config.model} train step, {', '.join(settings)}"
-    yield rows.row(f"{name}: operations an image", operations / 1e9, "GFLOP")
+    yield rows.row(f"{name}: operations per image", operations / 1e9, "GFLOP")
 
     theirs = None
     if (config.peers or config.pytorch) and rows.ready(pytorch, ("torch",), "bench-networks"):
@@ -164,7 +164,7 @@ def network(name, depth=None, **fields):
     if name not in MODELS:
         raise ValueError(f"There is no model {name!r}: the models are {', '.join(MODELS)}.")
     make, patch = MODELS[name]
-    return make(patch=patch, classes=CLASSES, **({} if depth is None else {"depth": depth}), **fields)
+    return make(patch_size=patch, num_classes=CLASSES, **({} if depth is None else {"depth": depth}), **fields)
 
 
 def flops(model, height, width, channels=SHAPE[-1]):
@@ -178,13 +178,13 @@ def flops(model, height, width, channels=SHAPE[-1]):
     Returns:
       F of (1).
     """
-    tokens = (height // model.patch) * (width // model.patch)
+    tokens = (height // model.patch_size) * (width // model.patch_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *arguments((1, height, width, channels)))
-    products = 2 * tokens**2 * model.width * model.depth
+    products = 2 * tokens**2 * model.hidden_size * model.depth
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
         names = [key.key for key in path]
         if names[-1] == "kernel":
-            # The embedding of the time and the label is one row an image, not one a patch.
+            # The embedding of the time and the label is one row per image, not one a patch.
             products += leaf.size * (1 if {"time", "modulation", "last_modulation"} & set(names) else tokens)
     return 2 * products
 
@@ -219,7 +219,7 @@ def memory(compiled):
     return counted
 
 
-# The two measurements: seconds a step, bytes at the peak, and who counted them.
+# The two measurements: seconds per step, bytes at the peak, and who counted them.
 
 
 def rounds(steps, repeats, once, wait):

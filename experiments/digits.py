@@ -113,13 +113,13 @@ def run(config):
         with checkpoints.Checkpointer(config.folder / "checkpoints", keep=1) as checkpointer:
             begun = checkpointer.resume(training.Run(jax.jit(initial)(), key_train))
             ended = training.fit(step, begun, batch, steps=config.steps, log_every=25, save=checkpointer.save, save_every=500)
-        pictures.loss(config.folder / "loss.png", ended.history, "flow matching loss a pixel")
+        pictures.loss(config.folder / "loss.png", ended.history, "flow matching loss per pixel")
         state = ended.state
     else:
         state = checkpoints.restore(config.folder / "checkpoints", jax.eval_shape(initial))
     trained = time.perf_counter()
 
-    grid = times.grid(config.sampling_steps)
+    grid = times.uniform_grid(config.sampling_steps)
 
     @functools.partial(jax.jit, static_argnames=("scale", "save"))
     def sample(params, x_0, y, scale, save=None):

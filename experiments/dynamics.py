@@ -88,7 +88,7 @@ def main(config: Config):
 
 def brownian(config, key):
     """dX = sigma dW from 0, so that X_t ~ N(0, sigma^2 t)."""
-    grid = times.grid(config.brownian_steps, 0.0, config.brownian_end)
+    grid = times.uniform_grid(config.brownian_steps, 0.0, config.brownian_end)
     x_0 = jnp.zeros((config.samples, 1))
     states = follow(lambda x, t: jnp.zeros_like(x), config.brownian_sigma, key, x_0, grid)[..., 0]
     variance = config.brownian_sigma**2 * np.asarray(grid)
@@ -107,7 +107,7 @@ def brownian(config, key):
 
 def ornstein_uhlenbeck(config, key):
     """dX = -theta X dt + sigma dW from N(0, spread^2), so that X_t is normal with the variance below."""
-    theta, grid = config.ou_theta, times.grid(config.ou_steps, 0.0, config.ou_end)
+    theta, grid = config.ou_theta, times.uniform_grid(config.ou_steps, 0.0, config.ou_end)
     key_0, *keys = jax.random.split(key, 1 + len(config.ou_sigmas))
     x_0 = config.ou_spread * sampling.noise(key_0, (config.samples, 1))
     report = {}
@@ -148,10 +148,10 @@ def langevin(config, key):
     drift = sampling.langevin(lambda x, t: score(x, 1.0), config.langevin_sigma)
 
     x_0 = config.langevin_spread * sampling.noise(key_0, (config.samples, 2))
-    grid = times.grid(config.langevin_steps, 0.0, config.langevin_end)
+    grid = times.uniform_grid(config.langevin_steps, 0.0, config.langevin_end)
     states = follow(drift, config.langevin_sigma, key_sde, x_0, grid)
     longer_end = config.langevin_longer * config.langevin_end
-    longer_grid = times.grid((config.langevin_longer - 1) * config.langevin_steps, config.langevin_end, longer_end)
+    longer_grid = times.uniform_grid((config.langevin_longer - 1) * config.langevin_steps, config.langevin_end, longer_end)
     longer = jax.jit(lambda key, x: sampling.sample_sde(drift, config.langevin_sigma, key, x, longer_grid)[0])(key_longer, states[-1])
 
     exact, again = (mixture.sample(key, config.samples) for key in jax.random.split(key_exact))

@@ -28,7 +28,7 @@ from flax import linen as nn
 
 from benchmarks import rows
 from experiments import folder
-from fmjax import checkpoints, files, guidance, losses, metrics, paths, pictures, sampling, solvers, targets, times, training
+from fmjax import checkpoints, files, guidance, losses, metrics, paths, pictures, sampling, targets, times, training
 from fmjax.data import fashion_mnist, images, pipeline
 from fmjax.models import dit, layers, unet
 
@@ -54,7 +54,7 @@ class UNet:
     channels: tuple[int, ...] = (16, 32, 64)
     """A level each."""
     blocks: int = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     groups: int = 4
     """Of the normalisation."""
 
@@ -191,10 +191,10 @@ def run(config, data):
             ended = training.fit(step, begun, stream, steps=config.steps, log_every=25, save=checkpointer.save, save_every=250)
         state, history = ended.state, ended.history
         last = [row["loss"] for row in history[-max(1, len(history) // 10) :]]
-        report["training loss a pixel, last tenth"] = float(np.mean(last))
+        report["training loss per pixel, last tenth"] = float(np.mean(last))
         if left > 0:
-            report["steps a second"] = left / (time.perf_counter() - began)
-        pictures.loss(config.folder / "loss.png", history, "flow matching loss a pixel")
+            report["steps per second"] = left / (time.perf_counter() - began)
+        pictures.loss(config.folder / "loss.png", history, "flow matching loss per pixel")
     else:
         state = checkpoints.restore(config.folder / "checkpoints", state)
     trained = time.perf_counter()
@@ -209,7 +209,7 @@ def run(config, data):
         len(some) / len(test) * held_out_loss(state.ema, jax.random.fold_in(key_test, i), test[some], test_labels[some])
         for i, some in enumerate(np.array_split(np.arange(len(test)), 20))
     ]
-    report["held-out loss a pixel"] = float(sum(held_out))
+    report["held-out loss per pixel"] = float(sum(held_out))
 
     read = make_judge(config, batches, key_judge)
     report["judge's accuracy on held-out clothes"] = float((read(test)[0].argmax(-1) == test_labels).mean())
@@ -219,12 +219,12 @@ def run(config, data):
     floor = report["Frechet distance, training to held-out"] = metrics.frechet_distance(of_train, of_test)
 
     # Where a path's velocity is 0 at noise, what it says of the data begins later.
-    grid = times.grid(config.sampling_steps, start=0.0 if np.any(targets.velocity(config.path, 0.0)) else 0.01)
+    grid = times.uniform_grid(config.sampling_steps, start=0.0 if np.any(targets.velocity(config.path, 0.0)) else 0.01)
 
     @functools.partial(jax.jit, static_argnames=("scale", "save"))
     def sample(params, x_0, y, scale, save=None):
         field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, classes, scale)
-        return sampling.sample_ode(field, x_0, grid, step=solvers.unipc(config.path, 2), save=save)
+        return sampling.sample_ode(field, x_0, grid, step=sampling.unipc(config.path, 2), save=save)
 
     y = np.repeat(np.arange(classes), config.samples)
     x_0 = sampling.noise(key_sample, (len(y), *train.shape[1:]))
@@ -255,7 +255,9 @@ def make_network(network):
         return dit.DiT(network.patch, network.width, network.depth, network.heads, fashion_mnist.CLASSES)
     width = network.channels[0]
     multipliers = tuple(channels / width for channels in network.channels)
-    return unet.UNet(width, multipliers, network.blocks, attention=(), groups=network.groups, classes=fashion_mnist.CLASSES, dropout=0.0)
+    return unet.UNet(
+        width, multipliers, network.blocks, attention_resolutions=(), groups=network.groups, num_classes=fashion_mnist.CLASSES, dropout=0.0
+    )
 
 
 def make_judge(config, batches, key):
@@ -290,7 +292,7 @@ def record(config, report):
     """Puts the run's numbers, its settings and its machine into the file of results."""
     names = [field.name for field in dataclasses.fields(config) if field.name not in ("folder", "data_dir", "results")]
     settings = {name: repr(getattr(config, name)) for name in names}
-    lab = {"loss a pixel that the course publishes for MNIST": [0.128, 0.137]}
+    lab = {"loss per pixel that the course publishes for MNIST": [0.128, 0.137]}
     runs = json.loads(config.results.read_text()) if config.results.exists() else {}
     runs[config.folder.name] = rows.describe() | {"jax": jax.__version__, "settings": settings} | report | lab
     config.results.parent.mkdir(parents=True, exist_ok=True)

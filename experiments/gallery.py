@@ -3,7 +3,7 @@
     make demo                        trains the network, once
     python -m experiments.gallery    draws solvers.png and guidance.png in runs/gallery, in about two minutes on two CPU cores
 
-Errors beside the solvers' names are to the same network's fine solution, mean |x - x*| a pixel; steps with noise have none, since
+Errors beside the solvers' names are to the same network's fine solution, mean |x - x*| per pixel; steps with noise have none, since
 they end elsewhere.
 """
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from fmjax import checkpoints, diffusion, guidance, paths, pictures, sampling, solvers, targets, times, training
+from fmjax import checkpoints, guidance, paths, pictures, sampling, targets, times, training
 from fmjax.data import digits
 from fmjax.models import dit
 
@@ -58,9 +58,9 @@ def main(config: Config):
     for name, (step, each) in FLOWS.items():
         image = follow(guided, step, config.evaluations // each)(x_0)
         images[f"{name} {float(jnp.abs(image - exact).mean()):.3f}"] = image
-    sigma = diffusion.by_noise(PATH)
+    sigma = sampling.sigma_beta(PATH)
     for name, (step, each) in NOISY.items():
-        grid = times.grid(config.evaluations // each)
+        grid = times.uniform_grid(config.evaluations // each)
         run = functools.partial(sampling.sample_diffusion, PATH, guided, sigma, step=step)
         images[name] = jax.jit(lambda key, x_0, run=run, grid=grid: run(key, x_0, grid)[0])(key_noise, x_0)
     blocks = {f"{config.evaluations} evaluations": jnp.stack([*images.values()])}
@@ -93,7 +93,7 @@ def network(run):
 
 def follow(field, step, steps):
     """The flow of a field in so many equal steps."""
-    return jax.jit(lambda x_0: sampling.sample_ode(field, x_0, times.grid(steps), step=step)[0])
+    return jax.jit(lambda x_0: sampling.sample_ode(field, x_0, times.uniform_grid(steps), step=step)[0])
 
 
 FLOWS = {
@@ -101,14 +101,14 @@ FLOWS = {
     "heun": (sampling.heun, 2),
     "midpoint": (sampling.midpoint, 2),
     "rk4": (sampling.rk4, 4),
-    "adams_bashforth 2": (solvers.adams_bashforth(2), 1),
-    "adams_bashforth 3": (solvers.adams_bashforth(3), 1),
-    "dpm_solver_pp 2": (solvers.dpm_solver_pp(PATH, 2), 1),
-    "dpm_solver_pp 3": (solvers.dpm_solver_pp(PATH, 3), 1),
-    "unipc 2": (solvers.unipc(PATH, 2), 1),
-    "deis 2": (solvers.deis(PATH, 2), 1),
+    "adams_bashforth 2": (sampling.adams_bashforth(2), 1),
+    "adams_bashforth 3": (sampling.adams_bashforth(3), 1),
+    "dpm_solver_pp 2": (sampling.dpm_solver_pp(PATH, 2), 1),
+    "dpm_solver_pp 3": (sampling.dpm_solver_pp(PATH, 3), 1),
+    "unipc 2": (sampling.unipc(PATH, 2), 1),
+    "deis 2": (sampling.deis(PATH, 2), 1),
 }
-"""Solvers, and their evaluations a step."""
+"""Solvers, and their evaluations per step."""
 NOISY = {
     "euler_maruyama": (sampling.euler_maruyama, 1),
     "ancestral": (sampling.ancestral, 1),
@@ -129,7 +129,7 @@ def projected(field_y, y, scale):
     def data(x, t, y):
         return targets.convert(PATH, field_y(x, t, y), x, t, source=targets.velocity, target=targets.data)
 
-    field = guidance.classifier_free(data, y, digits.CLASSES, scale, combine=guidance.projected())
+    field = guidance.classifier_free(data, y, digits.CLASSES, scale, combine=guidance.apg())
     return targets.convert_field(PATH, field, source=targets.data, target=targets.velocity)
 
 
@@ -140,13 +140,13 @@ def in_an_interval(field_y, y, scale):
 
 def two_digits(field_y, y, scale):
     """Towards one digit and half as much towards the next, which makes something between."""
-    return guidance.weighted(field_y, [y, (y + 1) % digits.CLASSES], digits.CLASSES, [scale, scale / 2])
+    return guidance.compose(field_y, [y, (y + 1) % digits.CLASSES], digits.CLASSES, [scale, scale / 2])
 
 
 GUIDANCE = {
     "extrapolate": plain(),
-    "zero_star": plain(guidance.zero_star),
-    "rescaled": plain(guidance.rescaled()),
+    "zero_star": plain(guidance.cfg_zero_star),
+    "rescaled": plain(guidance.cfg_rescale()),
     "projected": projected,
     "interval": in_an_interval,
     "weighted": two_digits,

@@ -24,7 +24,7 @@ import optax
 import tyro
 
 from experiments import folder
-from fmjax import averages, checkpoints, guidance, losses, parallel, paths, pictures, sampling, times, training
+from fmjax import checkpoints, guidance, losses, parallel, paths, pictures, sampling, times, training
 from fmjax.data import fashion_mnist, images, latents, pipeline
 from fmjax.models import dit
 
@@ -157,10 +157,10 @@ def run(config, source):
     shape = source[0][0].shape
     mesh = parallel.mesh()
     spread = parallel.batch_sharding(mesh, config.batch)
-    sized = getattr(dit, config.model)
+    sized = getattr(dit, f"DiT_{config.model}")
     model = sized(
-        patch=config.patch,
-        classes=config.classes,
+        patch_size=config.patch,
+        num_classes=config.classes,
         dtype=jnp.dtype(config.dtype),
         attention=config.attention,
         remat=config.remat,
@@ -181,16 +181,16 @@ def run(config, source):
 
     def make():
         params = model.init(key_init, jnp.zeros((1, *shape)), 0.5, jnp.zeros(1, jnp.int32))
-        return training.init(params, optimizer, averages=2)
+        return training.init(params, optimizer, emas=2)
 
-    decays = tuple(averages.power(width) for width in config.widths)
+    decays = tuple(training.power_ema(width) for width in config.widths)
     axis = parallel.AXIS if config.way == "pmap" else None
     step = training.make_step(loss_fn, optimizer, ema_decay=decays, axis_name=axis, accumulate=config.accumulate)
     rule = parallel.replicated
     if config.way == "pmap":
         step = parallel.pmap(step, mesh)
     elif config.way == "fully_sharded":
-        step, rule = parallel.by_examples(step, mesh), parallel.fully_sharded
+        step, rule = parallel.constrain_activations(step, mesh), parallel.fully_sharded
     state = parallel.create(make, mesh, rule)
     source, held = pipeline.split(source, config.held_out)
     held = next(
@@ -206,7 +206,7 @@ def run(config, source):
     def sample(params, key, y):
         x_0 = jax.lax.with_sharding_constraint(sampling.noise(key, (count, *shape)), parallel.batch_sharding(mesh))
         field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, config.classes, config.guidance)
-        return sampling.sample_ode(field, x_0, times.grid(config.sampling_steps), step=sampling.heun)[0]
+        return sampling.sample_ode(field, x_0, times.uniform_grid(config.sampling_steps), step=sampling.heun)[0]
 
     def draw(state, name):
         x_1 = np.asarray(sample(state.ema[0], key_sample, y))
@@ -245,7 +245,7 @@ def run(config, source):
 
     draw(ended.state, "samples.png")
     if first:
-        pictures.loss(config.folder / "loss.png", ended.history, "flow matching loss a number")
+        pictures.loss(config.folder / "loss.png", ended.history, "flow matching loss per number")
         print(f"\nThe run is in {config.folder}/: samples.png, loss.png, rows.jsonl, tensorboard/, config.json, checkpoints/")
 
 

@@ -72,7 +72,7 @@ class Config:
     steps: int = 4000
     """Training steps."""
     batch: int = 512
-    """Fresh points a step."""
+    """Fresh points per step."""
     learning_rate: float = 5e-3
     """Of Adam, before its cosine decay to zero."""
     ema_decay: float = 0.998
@@ -134,7 +134,7 @@ def run(config):
     state, history = ended.state, ended.history
     trained = time.perf_counter()
 
-    grid = times.grid(config.evaluations, config.start, config.end)
+    grid = times.uniform_grid(config.evaluations, config.start, config.end)
     velocity = targets.convert_field(path, field(state.ema), source=target, target=targets.velocity)
     expected_data = targets.convert_field(path, field(state.ema), source=target, target=targets.data)
 

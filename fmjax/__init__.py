@@ -1,1 +1,41 @@
 """Flow matching and diffusion models as pure functions in JAX and Flax."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fmjax import guidance, inverse, likelihood, losses, marginals, paths, sampling, targets, times
+
+if TYPE_CHECKING:
+    from fmjax import checkpoints, data, export, metrics, models, parallel, training
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "checkpoints",
+    "data",
+    "export",
+    "guidance",
+    "inverse",
+    "likelihood",
+    "losses",
+    "marginals",
+    "metrics",
+    "models",
+    "parallel",
+    "paths",
+    "sampling",
+    "targets",
+    "times",
+    "training",
+]
+
+
+def __getattr__(name):
+    # Chapters that import flax, optax, orbax or NumPy's friends are imported when they are first asked for.
+    if name in __all__:
+        return importlib.import_module(f"fmjax.{name}")
+    raise AttributeError(f"fmjax has no chapter {name!r}: the chapters are {', '.join(__all__)}.")
+
+
+def __dir__():
+    return [*__all__, "__version__"]

@@ -46,7 +46,7 @@ class CorruptCheckpoint(ValueError):
     """A checkpoint whose files are not what was written."""
 
 
-def save(folder, tree):
+def save(folder, tree) -> None:
     """Writes a pytree to a folder, whole or not at all, in place of the checkpoint that was there.
 
     Args:
@@ -72,7 +72,7 @@ def save(folder, tree):
             parallel.on_first(lambda: _remove_empty(folder))
 
 
-def restore(folder, like):
+def restore(folder, like) -> Any:
     """Reads a pytree from a folder.
 
     Args:
@@ -132,11 +132,11 @@ class Checkpointer:
     def __exit__(self, *_):
         self.close()
 
-    def steps(self):
+    def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
         return _steps(self.folder)
 
-    def save(self, run, wait=False):
+    def save(self, run, wait=False) -> None:
         """Saves a run at its step, unless that has been; all processes call it.
 
         The arrays are copied before it returns, and written while training goes on. Where the save before this one failed, that is
@@ -179,7 +179,7 @@ class Checkpointer:
             if wait:
                 self._finish()
 
-    def resume(self, run):
+    def resume(self, run) -> training.Run:
         """The run of the last checkpoint that is whole, or the one that is given where there is none yet.
 
         A damaged checkpoint is named in a warning and renamed, and the one before it is used.
@@ -226,7 +226,7 @@ class Checkpointer:
             return training.Run(state, run.key, beside["position"], tuple(beside["history"]), tuple(beside["unlogged"]))
         return run
 
-    def close(self):
+    def close(self) -> None:
         """Waits until all is written, and lets other processes have the folder.
 
         Raises:

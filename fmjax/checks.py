@@ -3,20 +3,23 @@
 What is known is checked now, also inside `jax.jit`; what is traced is checked in shape and dtype.
 """
 
+from collections.abc import Callable
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 
-def path(path):
+def path(path) -> None:
     """Raises unless path has the two methods of one."""
     if isinstance(path, type) or not callable(getattr(path, "alpha", None)) or not callable(getattr(path, "beta", None)):
         made = f", which is a class: make one with {path.__name__}()" if isinstance(path, type) else ""
         raise TypeError(f"path is {path!r}{made}; a path is an object with alpha(t) and beta(t), such as paths.Linear().")
 
 
-def floats(name, x):
+def floats(name, x) -> chex.ArrayDevice:
     """Raises unless x is an array of real floats, and returns it as a jax array."""
     try:
         x = jnp.asarray(x)
@@ -28,7 +31,7 @@ def floats(name, x):
     return x
 
 
-def batch(name, x):
+def batch(name, x) -> chex.ArrayDevice:
     """Raises unless x is a batch of examples, (B, ...) with an axis at least beside the batch's, of real floats; returns it as an array."""
     x = floats(name, x)
     if x.ndim < 2 or 0 in x.shape:
@@ -39,7 +42,7 @@ def batch(name, x):
     return x
 
 
-def multiplier(name, value, x):
+def multiplier(name, value, x) -> chex.Numeric:
     """A number, one per example, or an array that multiplies x, shaped to multiply x: where weights meet examples, as times do in `lift`.
 
     Args:
@@ -63,14 +66,14 @@ def multiplier(name, value, x):
     return value
 
 
-def real(name, value):
+def real(name, value) -> None:
     """Raises unless value is a real number or an array of them."""
     given = value if hasattr(value, "dtype") else np.asarray(value)
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"{name} is {value!r}, of dtype {given.dtype}, but it is a real number, or an array of them.")
 
 
-def number(name, value, meaning, *, least=-np.inf, most=np.inf, above=False):
+def number(name, value, meaning, *, least=-np.inf, most=np.inf, above=False) -> None:
     """Raises unless value is one real number, finite and in a range wherever it is known; `above` leaves its lower end out."""
     real(name, value)
     axes = jnp.ndim(value) if isinstance(value, jax.Array) else np.ndim(value)
@@ -81,13 +84,13 @@ def number(name, value, meaning, *, least=-np.inf, most=np.inf, above=False):
         raise ValueError(f"{name} is {value}, but it is {meaning}: one finite number{low}{high}.")
 
 
-def setting(name, value, meaning, *, above=False):
+def setting(name, value, meaning, *, above=False) -> None:
     """The same for a field of a pytree, at least 0 or above it, where it is a number: JAX rebuilds pytrees from other objects too."""
     if isinstance(value, int | float | complex | np.number | str):
         number(name, value, meaning, least=0, above=above)
 
 
-def function(name, value, wanted):
+def function(name, value, wanted) -> None:
     """Raises unless value can be called."""
     if not callable(value):
         raise TypeError(f"{name} is {value!r}, but it is a function, such as {wanted}.")
@@ -97,13 +100,13 @@ FIELD = "lambda x, t: model.apply(params, x, t)"
 """What a field may be."""
 
 
-def whole(name, value, meaning, least=1):
+def whole(name, value, meaning, least=1) -> None:
     """Raises unless value is a whole number, at least so much."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} is {value!r}, but it is {meaning}: a whole number, at least {least}.")
 
 
-def like(name, value, x):
+def like(name, value, x) -> None:
     """Raises unless value is an array of the shape of x."""
     if not hasattr(value, "shape") and not isinstance(value, int | float):
         raise TypeError(f"{name} is of {type(value)}, but must be one array like x, {jnp.shape(x)}: take the part that is.")
@@ -113,7 +116,7 @@ def like(name, value, x):
         )
 
 
-def like_state(field, name="The field's output"):
+def like_state(field, name="The field's output") -> Callable:
     """The field with its output held to the state: its shape checked, its dtype the state's."""
 
     def checked(x, t):
@@ -128,7 +131,7 @@ _ROUNDING = 1e-4
 """How far sums of steps may end from 0 or 1."""
 
 
-def on_path(t):
+def on_path(t) -> chex.Numeric:
     """Raises unless times of a path are in [0, 1], up to rounding, wherever they are known; returns them."""
     _of_floats(t)
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= -_ROUNDING) & (np.asarray(t) <= 1 + _ROUNDING)).all():
@@ -142,17 +145,28 @@ def _of_floats(t):
         raise TypeError(f"t has dtype {dtype}, but times are floats with 0 noise and 1 data, not step numbers.")
 
 
-def times(t, x):
+def times(t, x) -> chex.ArrayDevice:
     """t as floats of at least 32 bits, () or (B,)."""
     _of_floats(t)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     t = jnp.asarray(t, dtype)
     if t.ndim and t.shape != x.shape[:1]:
-        raise ValueError(f"t has shape {t.shape}, but it must be () or one time an example, {x.shape[:1]}, for x of shape {x.shape}.")
+        raise ValueError(f"t has shape {t.shape}, but it must be () or one time per example, {x.shape[:1]}, for x of shape {x.shape}.")
     return t
 
 
-def key(key, n=None):
+def weight(weight, t) -> None:
+    """Raises where a weight of guidance in time is infinite at a time whose value is known."""
+    with jax.ensure_compile_time_eval():
+        value = weight(np.asarray(t, np.float32))
+    if not isinstance(value, Tracer) and not np.isfinite(np.asarray(value)).all():
+        raise ValueError(
+            f"The guidance's weight is infinite at t = {np.asarray(t)}, where it meets a gradient of 0: let the grid start later, as "
+            "times.uniform_grid(n, start=1e-3) does, or guide in `interval`."
+        )
+
+
+def key(key, n=None) -> None:
     """Raises unless there is one typed key, or where n is given, one for each of n examples."""
     dtype = getattr(key, "dtype", type(key).__name__)
     if not isinstance(key, jax.Array) or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -162,7 +176,7 @@ def key(key, n=None):
         raise ValueError(f"key has shape {key.shape}, but it must be one key, (){each}: jax.random.split makes more of one.")
 
 
-def grid(times, dtype, name="times"):
+def grid(times, dtype, name="times") -> chex.ArrayDevice:
     """The grid as an array of floats; its order is checked wherever its values are known, and there it stays known inside `jax.jit`."""
     if not hasattr(times, "shape"):
         times = np.asarray(times)

@@ -10,6 +10,7 @@ SHA-256. Without fmjax it is loaded by `jax.export.deserialize(Path("sampler.jax
 
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ SEAL = b"fmjax sha256"
 SEALED = len(SEAL) + 32
 
 
-def save(file, function, *examples, platforms=("cpu", "cuda", "tpu")):
+def save(file, function, *examples, platforms=("cpu", "cuda", "tpu")) -> None:
     """Writes a function of arrays to a file, its batch of any size.
 
     Args:
@@ -50,7 +51,7 @@ def save(file, function, *examples, platforms=("cpu", "cuda", "tpu")):
         part.write_bytes(bytes(written) + SEAL + hashlib.sha256(written).digest())
 
 
-def load(file):
+def load(file) -> Callable:
     """The function that `save` wrote.
 
     Args:

@@ -66,7 +66,7 @@ def _sync(path):
         os.close(descriptor)
 
 
-def checksums(folder, names):
+def checksums(folder, names) -> dict[str, list | None]:
     """The size and the SHA-256 of every block of files.
 
     Args:
@@ -157,7 +157,7 @@ class Lock:
     def __exit__(self, *_):
         self.release()
 
-    def check(self):
+    def check(self) -> None:
         """Takes the lock again where its folder was deleted.
 
         Raises:
@@ -170,7 +170,7 @@ class Lock:
         elif holder.get("token") != self._token:
             raise BlockingIOError(f"{self._file.parent} was taken over by {_name(holder)}: it was deleted, or this process seemed dead.")
 
-    def release(self):
+    def release(self) -> None:
         """Lets others have it."""
         if os.getpid() != self._process:
             return

@@ -4,7 +4,7 @@
 
 The divergence is a trace, exact or estimated with probes e of mean 0 and covariance I,
 
-    div u = tr J,   J = du/dx                                 `exact`, a product with J for every dimension  (2)
+    div u = tr J,   J = du/dx                                 `exact_divergence`, a product with J for every dimension  (2)
           = E e^T J e                                         `hutchinson`, a product for every probe        (3)
           = tr Q^T J Q + E e^T (I - Q Q^T) J (I - Q Q^T) e    `hutch_plus_plus`, Q spanning J sketch         (4)
 
@@ -13,16 +13,17 @@ once by the caller, so that a trajectory has one integrand from end to end and a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from fmjax import checks, sampling
-from fmjax.sampling import scan
+from fmjax.sampling.checks import check_ends
 
 
 class Density(NamedTuple):
@@ -36,7 +37,7 @@ class Density(NamedTuple):
     """The other end of each trajectory, (B, ...)."""
 
 
-def exact(field, x, t, *, block=16):
+def exact_divergence(field, x, t, *, block=16) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
     """The field and its divergence, the trace of each example's Jacobian    (2).
 
     Args:
@@ -61,8 +62,8 @@ def _linearize(field, x, t):
     return jax.linearize(lambda x: checks.like_state(field)(x, t), checks.batch("x", x))
 
 
-def hutchinson(probes):
-    """Hutchinson's estimate of the divergence    (3) (Hutchinson 1989; Grathwohl et al. 2019).
+def hutchinson(probes) -> Callable:
+    """Hutchinson's estimate of the divergence    (3) (Hutchinson 1989; Grathwohl et al. 2019, arXiv:1810.01367).
 
     Args:
       probes: (B, k, ...), k for each example, of mean 0 and covariance I; `jax.random.rademacher(key, (B, k, ...), float)`
@@ -79,8 +80,8 @@ def hutchinson(probes):
     return divergence
 
 
-def hutch_plus_plus(sketch, probes):
-    """Hutch++: exact on the span of J sketch, Hutchinson's on the rest    (4) (Meyer, Musco, Musco and Woodruff 2021).
+def hutch_plus_plus(sketch, probes) -> Callable:
+    """Hutch++: exact on the span of J sketch, Hutchinson's on the rest    (4) (Meyer, Musco, Musco and Woodruff 2021, arXiv:2010.09649).
 
     Args:
       sketch: (B, m, ...), probes that find where J is large; at most as many as x has dimensions.
@@ -96,7 +97,8 @@ def hutch_plus_plus(sketch, probes):
         seen, each = _probes("sketch", sketch, x), _probes("probes", probes, x)
         if seen.shape[1] > x[0].size:
             raise ValueError(
-                f"sketch has {seen.shape[1]} probes an example, but x of shape {x.shape} has only {x[0].size} dimensions: use `exact`."
+                f"sketch has {seen.shape[1]} probes per example, but x of shape {x.shape} has only {x[0].size} dimensions: use "
+                "`exact_divergence`."
             )
         u, push = _linearize(field, x, t)
 
@@ -116,7 +118,7 @@ def hutch_plus_plus(sketch, probes):
     return divergence
 
 
-def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=sampling.rk4):
+def log_density(field, log_density_0, x_1, times, *, divergence=exact_divergence, step=sampling.rk4) -> Density:
     """log p_1 of data under the flow of a field that starts from p_0    (1).
 
     Args:
@@ -124,7 +126,7 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=samp
       log_density_0: x_0 -> (B,), of the noise; see `normal`.
       x_1: data, (B, ...), any float dtype.
       times: an increasing grid, (n + 1,), as for `sampling.sample_ode`; it is followed from its end to its start.
-      divergence: `exact`, `hutchinson(probes)`, `hutch_plus_plus(sketch, probes)` or yours.
+      divergence: `exact_divergence`, `hutchinson(probes)`, `hutch_plus_plus(sketch, probes)` or yours.
       step: one step, as for `sampling.sample_ode`.
     Returns:
       A `Density`, whose x is x_0, the noise that the data come from.
@@ -132,7 +134,7 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=samp
       TypeError: if x_1 is not of floats.
       ValueError: if the grid does not increase, probes do not have x's shape, or a trace or log_density_0 is not one per example.
     """
-    checks.function("divergence", divergence, "likelihood.exact")
+    checks.function("divergence", divergence, "likelihood.exact_divergence")
     backwards, times = sampling.reverse(field, times)
 
     def rate(backwards, x, t):
@@ -143,7 +145,7 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact, step=samp
     return _density(_log_density_0(log_density_0, x_0), integral, x_0.astype(jnp.asarray(x_1).dtype))
 
 
-def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.rk4):
+def sample(field, log_density_0, x_0, times, *, divergence=exact_divergence, step=sampling.rk4) -> Density:
     """`sampling.sample_ode` that knows the density of what it samples    (1).
 
     Args:
@@ -151,7 +153,7 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.
       log_density_0: x_0 -> (B,), of the noise; see `normal`.
       x_0: where to start, (B, ...), any float dtype.
       times: an increasing grid, (n + 1,).
-      divergence: `exact`, `hutchinson(probes)`, `hutch_plus_plus(sketch, probes)` or yours.
+      divergence: `exact_divergence`, `hutchinson(probes)`, `hutch_plus_plus(sketch, probes)` or yours.
       step: one step, as for `sampling.sample_ode`.
     Returns:
       A `Density`, whose x is x_1.
@@ -163,14 +165,14 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact, step=sampling.
     return _density(_log_density_0(log_density_0, x_0), integral, x_1.astype(jnp.asarray(x_0).dtype))
 
 
-def normal(x):
+def normal(x) -> chex.ArrayDevice:
     """The standard normal log density of each example, (B,)."""
     x = _examples(x)
     return -(x**2 + jnp.log(2 * jnp.pi)).reshape(x.shape[0], -1).sum(-1) / 2
 
 
-def dequantize(key, x, width):
-    """Data of discrete levels spread over their cells, x + width (U - 1/2)    (Theis, van den Oord and Bethge 2016).
+def dequantize(key, x, width) -> chex.ArrayDevice:
+    """Data of discrete levels spread over their cells, x + width (U - 1/2)    (Theis, van den Oord and Bethge 2016, arXiv:1511.01844).
 
     Args:
       key: a typed key.
@@ -188,10 +190,10 @@ def dequantize(key, x, width):
     return x + jnp.asarray(width, x.dtype) * (jax.random.uniform(key, x.shape, x.dtype) - 0.5)
 
 
-def bits_per_dimension(log_p, shape, width):
-    """Bits a dimension of discrete data, from the log density of data that were dequantized.
+def bits_per_dimension(log_p, shape, width) -> chex.ArrayDevice:
+    """Bits per dimension of discrete data, from the log density of data that were dequantized.
 
-    -log p / (D log 2) - log_2 width, in expectation at least the bits of the levels themselves    (Theis et al. 2016)
+    -log p / (D log 2) - log_2 width, in expectation at least the bits of the levels themselves    (Theis et al. 2016, arXiv:1511.01844)
 
     Args:
       log_p: in nats, any shape.
@@ -235,9 +237,9 @@ def _integrate(field, divergence, x, times, step):
     """The end of the trajectories, and the integral of the divergence along them: one state with a column more, or k."""
     x = _examples(x)
     checks.function("field", field, checks.FIELD)
-    checks.function("divergence", divergence, "likelihood.exact")
+    checks.function("divergence", divergence, "likelihood.exact_divergence")
     times = checks.grid(times, x.dtype)
-    scan.check_ends(checks.like_state(field), x, times, (0,))
+    check_ends(checks.like_state(field), x, times, (0,))
     shape = x.shape
     traces = jax.eval_shape(lambda x, t: divergence(field, x, t)[1], x, times[0]).shape
     if traces[:1] != shape[:1] or len(traces) > 2 or 0 in traces[1:]:
@@ -274,7 +276,7 @@ def _probes(name, probes, x):
         raise ValueError(f"{name} has shape {probes.shape}, but an estimate needs at least one probe.")
     if probes.ndim != x.ndim + 1 or (probes.shape[0], *probes.shape[2:]) != x.shape:
         wanted = ", ".join(map(str, (x.shape[0], "k", *x.shape[1:])))
-        raise ValueError(f"{name} has shape {probes.shape}, but for x of shape {x.shape} it must be ({wanted}): k probes an example.")
+        raise ValueError(f"{name} has shape {probes.shape}, but for x of shape {x.shape} it must be ({wanted}): k probes per example.")
     return jnp.asarray(probes, x.dtype)
 
 

@@ -9,13 +9,14 @@ With data sum_k w_k N(m_k, s_k^2) and the path x_t = alpha_t x_1 + beta_t x_0,
     E[x_0 | x_t = x] = -beta grad log p_t(x)                                                      (5)
     u_t(x) = alpha' E[x_1 | x] + beta' E[x_0 | x]                                                 (6)
 
-which is the notes' marginalization u_t(x) = int u_t(x|z) p_t(x|z) p_data(z) / p_t(x) dz done in closed form.
+which is the course's marginalization u_t(x) = int u_t(x|z) p_t(x|z) p_data(z) / p_t(x) dz done in closed form.
 A finite data set is the mixture with s_k = 0. These are the oracle that everything else is tested against.
 """
 
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from jax import lax
 from jax.core import Tracer
 
 from fmjax import checks, paths, targets
+from fmjax.paths import Field
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +39,7 @@ class GaussianMixture:
     scales: jax.Array
     """Standard deviations, at least 0: one for all (), one per component (K,), or one per coordinate (K, ...)."""
 
-    def sample(self, key, n):
+    def sample(self, key, n) -> chex.ArrayDevice:
         """n draws, (n, ...)."""
         _check_data(self)
         checks.key(key)
@@ -57,7 +59,7 @@ class Empirical:
     points: jax.Array
     """(N, ...)."""
 
-    def sample(self, key, n):
+    def sample(self, key, n) -> chex.ArrayDevice:
         """n draws with replacement, (n, ...)."""
         _check_data(self)
         checks.key(key)
@@ -138,7 +140,7 @@ def _posterior(path, distribution, x, t):
     t = paths.lift(checks.on_path(t), x)
     log_weights, means, scales = _components(distribution)
     if means.shape[1] != x.shape[1]:
-        raise ValueError(f"x has shape {shape}, that is {x.shape[1]} numbers an example, but the distribution has {means.shape[1]}.")
+        raise ValueError(f"x has shape {shape}, that is {x.shape[1]} numbers per example, but the distribution has {means.shape[1]}.")
     # A batch of any size, as `export` has it, is taken for a large one.
     numbers = x.size if isinstance(x.shape[0], int) else 1024 * x.shape[1]
     block = max(1, min(len(means), _BLOCK_NUMBERS // max(1, numbers)))
@@ -167,10 +169,10 @@ def _over_components(alpha, beta, log_weights, means, scales, x, block):
         new_largest = jnp.maximum(largest, exponents.max(-1))
         rescale = jnp.exp(largest - new_largest)
         weights = jnp.exp(exponents - new_largest[:, None])
-        pull = difference / variance
+        whitened = difference / variance
         total = rescale * total + weights.sum(-1)
-        data = rescale[:, None] * data + jnp.einsum("bk,bkd->bd", weights, means + alpha * scales**2 * pull)
-        score = rescale[:, None] * score - jnp.einsum("bk,bkd->bd", weights, pull)
+        data = rescale[:, None] * data + jnp.einsum("bk,bkd->bd", weights, means + alpha * scales**2 * whitened)
+        score = rescale[:, None] * score - jnp.einsum("bk,bkd->bd", weights, whitened)
         return (new_largest, total, data, score), None
 
     start = (jnp.full(x.shape[0], jnp.finfo(x.dtype).min), jnp.zeros(x.shape[0], x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))
@@ -193,14 +195,14 @@ def _check_known(path, distribution, t):
         at = known.reshape(-1)[int(np.flatnonzero(infinite)[0])]
         raise ValueError(
             f"The velocity of {path} to these data is infinite at t = {at:g}: let the grid end earlier or start later, or evaluate "
-            "nothing there, as last=sampling.euler and steps that know the path do (solvers.heun(path))."
+            "nothing there, as last=sampling.euler and steps that know the path do (sampling.path_heun(path))."
         )
 
 
-def velocity(path, distribution):
+def velocity(path, distribution) -> Field:
     """The exact marginal velocity, whose flow carries N(0, I) to the data.
 
-    u_t(x) = alpha'_t E[x_1 | x] + beta'_t E[x_0 | x]        (6) (notes 004, "Training Target for Flow Model")
+    u_t(x) = alpha'_t E[x_1 | x] + beta'_t E[x_0 | x]        (6) (MIT 6.S184, "Training Target for Flow Model")
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -223,10 +225,10 @@ def velocity(path, distribution):
     return field
 
 
-def score(path, distribution):
+def score(path, distribution) -> Field:
     """The exact marginal score.
 
-    grad log p_t(x) = -sum_k r_k (x - alpha_t m_k) / v_k        (3) (notes 004, "Training Target for Diffusion Model")
+    grad log p_t(x) = -sum_k r_k (x - alpha_t m_k) / v_k        (3) (MIT 6.S184, "Training Target for Diffusion Model")
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -245,10 +247,10 @@ def score(path, distribution):
     return field
 
 
-def log_density(path, distribution):
+def log_density(path, distribution) -> Field:
     """The exact log density of x_t.
 
-    log p_t(x) = log sum_k w_k N(x; alpha_t m_k, v_k)        (1) (notes 004, "Probability Path")
+    log p_t(x) = log sum_k w_k N(x; alpha_t m_k, v_k)        (1) (MIT 6.S184, "Probability Path")
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.

@@ -19,6 +19,8 @@ draws for its part alone, as `make_step(accumulate=...)` does for as many parts 
 import contextlib
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +31,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fmjax import checks
-from fmjax.progress import bar
+from fmjax.training.progress import bar
 
 AXIS = "data"
 """The name of the mesh's axis."""
 
 
-def initialize(coordinator=None, processes=None, index=None, *, connect=300, timeout=100):
+def initialize(coordinator=None, processes=None, index=None, *, connect=300, timeout=100) -> None:
     """Connects the processes of a job; call it before any other use of JAX, and not at all for a single process.
 
     On Slurm, on Cloud TPU and under Open MPI the arguments are found by JAX. When a process dies, the others end too.
@@ -67,7 +69,7 @@ def initialize(coordinator=None, processes=None, index=None, *, connect=300, tim
         raise RuntimeError(f"This job has {jax.process_count()} processes, but {processes} were said: end the others and start again.")
 
 
-def on_first(function):
+def on_first(function) -> Any:
     """Calls a function in process 0 of a job alone, once all processes are there; where it fails, every process raises.
 
     Args:
@@ -92,12 +94,12 @@ def on_first(function):
     return result
 
 
-def anywhere(flag):
+def anywhere(flag) -> bool:
     """Whether a flag is set in any process of a job, which all call."""
     return bool(flag) if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(bool(flag)))))
 
 
-def mesh(count=None, devices=None):
+def mesh(count=None, devices=None) -> Mesh:
     """Devices in a row.
 
     Args:
@@ -117,7 +119,7 @@ def mesh(count=None, devices=None):
     return Mesh(np.array(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def replicated(tree, mesh):
+def replicated(tree, mesh) -> Any:
     """Everything on every device.
 
     Args:
@@ -129,20 +131,20 @@ def replicated(tree, mesh):
     return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
-def fully_sharded(tree, mesh, smallest=2**14):
-    """Every array in equal parts, a part a device, along its longest axis that divides; small ones on every device.
+def fully_sharded(tree, mesh, min_size=2**14) -> Any:
+    """Every array in equal parts, a part per device, along its longest axis that divides; small ones on every device.
 
     Args:
       tree: a pytree of arrays or shapes: parameters, optimiser and averages alike.
       mesh: the devices.
-      smallest: elements of an array that is divided; those with fewer cost more to fetch than to keep.
+      min_size: elements of the smallest array that is divided; smaller ones cost more to fetch than to keep.
     Returns:
       A pytree of shardings.
     """
 
     def sharding(leaf):
         axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
-        if leaf.size < smallest or not axes:
+        if leaf.size < min_size or not axes:
             return NamedSharding(mesh, PartitionSpec())
         longest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*(AXIS if axis == longest else None for axis in range(leaf.ndim))))
@@ -150,38 +152,38 @@ def fully_sharded(tree, mesh, smallest=2**14):
     return jax.tree.map(sharding, tree)
 
 
-def create(make, mesh, rule=replicated):
+def create(make, mesh, sharding=replicated) -> Any:
     """A pytree whose arrays are made where they belong, so that no device ever holds all of it.
 
     Args:
       make: a function of nothing that gives a pytree, as `lambda: training.init(model.init(key, x, t), optimizer)`.
       mesh: the devices.
-      rule: `replicated`, `fully_sharded`, or any function `(shapes, mesh) -> shardings`.
+      sharding: `replicated`, `fully_sharded`, or any function `(shapes, mesh) -> shardings`.
     Returns:
       The pytree.
     Raises:
       MemoryError: if a device cannot hold its part.
     """
     shapes = jax.eval_shape(make)
-    shardings = rule(shapes, mesh)
+    shardings = sharding(shapes, mesh)
     require_memory(jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings))
     return jax.jit(make, out_shardings=shardings)()
 
 
-def place(tree, mesh, rule=replicated):
+def shard(tree, mesh, sharding=replicated) -> Any:
     """A pytree that exists, where it belongs; every process gives the same values.
 
     Args:
       tree: of arrays.
       mesh: the devices.
-      rule: as for `create`.
+      sharding: as for `create`.
     Returns:
       The pytree.
     """
-    return jax.tree.map(jax.device_put, tree, rule(tree, mesh))
+    return jax.tree.map(jax.device_put, tree, sharding(tree, mesh))
 
 
-def batch_sharding(mesh, size=None):
+def batch_sharding(mesh, size=None) -> NamedSharding:
     """A part of the examples on every device, for `pipeline.to_device`, `jax.device_put` and the noise that a sampler begins with.
 
     Args:
@@ -199,7 +201,7 @@ def batch_sharding(mesh, size=None):
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def require_memory(tree):
+def require_memory(tree) -> None:
     """Raises unless every device of this process can hold its part of a pytree beside what it holds already.
 
     Args:
@@ -220,7 +222,7 @@ def require_memory(tree):
             )
 
 
-def by_examples(step, mesh):
+def constrain_activations(step, mesh) -> Callable:
     """A step whose Flax modules keep what they take and give divided by examples, as `fully_sharded` needs.
 
     Left alone, the compiler may fetch the activations of the whole batch to a part of the weights, rather than the weights of a
@@ -251,7 +253,7 @@ def by_examples(step, mesh):
     return run
 
 
-def pmap(step, mesh):
+def pmap(step, mesh) -> Callable:
     """A step of `make_step(..., axis_name=parallel.AXIS)`, mapped over the devices by `jax.pmap`.
 
     With several processes it is `jax.shard_map`, which `jax.pmap` runs as and which takes arrays of all processes.
@@ -302,7 +304,7 @@ def _require_averages(step, count, state, key, batch):
         raise
 
 
-def sample(function, key, n, *, chunk, mesh=None, progress=True):
+def sample(function, key, n, *, chunk, mesh=None, progress=True) -> Any:
     """Many samples, a chunk that fits the device at a time, in the host's memory.
 
     Each call compiles the function anew, with the arrays that it closes over as constants: draw all samples in one call. Example i
@@ -315,7 +317,7 @@ def sample(function, key, n, *, chunk, mesh=None, progress=True):
       n: how many.
       chunk: how many at a time.
       mesh: devices to divide a chunk among; by default the one that JAX computes on.
-      progress: whether to show a bar with samples a second and the time left.
+      progress: whether to show a bar with samples per second and the time left.
     Returns:
       The pytree with NumPy arrays (n, ...), on every process.
     Raises:

@@ -1,6 +1,6 @@
 """Paths: how noise becomes data.
 
-A path joins noise x_0 ~ N(0, I) (the notes' epsilon) to data x_1 (the notes' z),
+A path joins noise x_0 ~ N(0, I) (the course's epsilon) to data x_1 (the course's z),
 
     x_t = alpha_t x_1 + beta_t x_0,        t = 0 is noise, t = 1 is data            (1)
 
@@ -20,8 +20,10 @@ so grids for steps that know the path start later.
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,36 +31,39 @@ from jax.core import Tracer
 
 from fmjax import checks
 
+Field = Callable[[chex.ArrayDevice, chex.Numeric], chex.ArrayDevice]
+"""(x, t) -> like x: a velocity, a score, a network closed over its parameters."""
+
 
 class Path(Protocol):
     """Anything with a schedule for the data and one for the noise, each of the shape of t."""
 
-    def alpha(self, t): ...
+    def alpha(self, t) -> Any: ...
 
-    def beta(self, t): ...
+    def beta(self, t) -> Any: ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """The CondOT path, alpha_t = t, beta_t = 1 - t    (notes 004, "Flow Matching for Gaussian Conditional Probability Paths")."""
+    """The CondOT path, alpha_t = t, beta_t = 1 - t    (MIT 6.S184, "Flow Matching for Gaussian Conditional Probability Paths")."""
 
-    def alpha(self, t):
+    def alpha(self, t) -> chex.ArrayDevice:
         return t
 
-    def beta(self, t):
+    def beta(self, t) -> chex.ArrayDevice:
         return 1 - t
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """The trigonometric path, alpha_t = sin(pi t / 2), beta_t = cos(pi t / 2)    (Albergo and Vanden-Eijnden 2023)."""
+    """The trigonometric path, alpha_t = sin(pi t / 2), beta_t = cos(pi t / 2)    (Albergo and Vanden-Eijnden 2023, arXiv:2209.15571)."""
 
-    def alpha(self, t):
+    def alpha(self, t) -> chex.ArrayDevice:
         return jnp.sin(jnp.pi / 2 * t)
 
-    def beta(self, t):
+    def beta(self, t) -> chex.ArrayDevice:
         # A sine, because the cosine of a rounded pi/2 is not zero.
         return jnp.sin(jnp.pi / 2 * (1 - t))
 
@@ -66,7 +71,7 @@ class Cosine:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving:
-    """The path of the variance-preserving SDE, with s = 1 - t    (Song et al. 2021, eq. 33).
+    """The path of the variance-preserving SDE, with s = 1 - t    (Song et al. 2021, arXiv:2011.13456, eq. 33).
 
     alpha_t = exp(-s^2 (rate_max - rate_min) / 4 - s rate_min / 2),  beta_t = sqrt(1 - alpha_t^2)
 
@@ -85,19 +90,19 @@ class VariancePreserving:
         s = 1 - t
         return -(s**2) * (self.rate_max - self.rate_min) / 4 - s * self.rate_min / 2
 
-    def alpha(self, t):
+    def alpha(self, t) -> chex.ArrayDevice:
         return jnp.exp(self._log_alpha(t))
 
-    def beta(self, t):
+    def beta(self, t) -> chex.ArrayDevice:
         return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Polynomial:
-    """The linear path with its clock changed, alpha_t = t^power, beta_t = 1 - t^power.
+    """The linear path in another time, alpha_t = t^power, beta_t = 1 - t^power.
 
-    For a power above 1 the velocity vanishes at t = 0 and says nothing of the data there: grids of `fmjax.solvers` start later.
+    For a power above 1 the velocity vanishes at t = 0 and says nothing of the data there: grids of `fmjax.sampling` start later.
     Below 1 it is infinite there.
     """
 
@@ -106,10 +111,10 @@ class Polynomial:
     def __post_init__(self):
         checks.setting("power", self.power, "the power of t, so that alpha_t grows", above=True)
 
-    def alpha(self, t):
+    def alpha(self, t) -> chex.ArrayDevice:
         return t**self.power
 
-    def beta(self, t):
+    def beta(self, t) -> chex.ArrayDevice:
         return 1 - t**self.power
 
 
@@ -121,14 +126,14 @@ class SquareRoot:
     The velocity is infinite at t = 1: grids for it end before 1.
     """
 
-    def alpha(self, t):
+    def alpha(self, t) -> chex.ArrayDevice:
         return t
 
-    def beta(self, t):
+    def beta(self, t) -> chex.ArrayDevice:
         return jnp.sqrt(1 - t)
 
 
-def lift(t, x):
+def lift(t, x) -> chex.ArrayDevice:
     """Times shaped to multiply x: the one place where times meet examples.
 
     Args:
@@ -138,14 +143,14 @@ def lift(t, x):
       t of shape () or (B, 1, ..., 1), in float32 or in x's dtype where that is wider.
     Raises:
       TypeError: if t is an array of integers or complex numbers.
-      ValueError: if t is neither one time nor one an example.
+      ValueError: if t is neither one time nor one per example.
     """
     t = checks.times(t, x)
     return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
 
 
-def signal_at(path, t):
-    """alpha_t / (alpha_t + beta_t), the clock of the linear path; 1 / (1 + sigma) where the noise level beta_t / alpha_t is sigma.
+def signal_fraction(path, t) -> chex.ArrayDevice:
+    """alpha_t / (alpha_t + beta_t), the time at which the linear path has the same signal-to-noise ratio.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -156,8 +161,8 @@ def signal_at(path, t):
     return path.alpha(t) / (path.alpha(t) + path.beta(t))
 
 
-def time_at(path, signal):
-    """The time of a path at a given signal: the inverse of `signal_at`, by bisection.
+def time_from_signal_fraction(path, signal) -> chex.ArrayDevice:
+    """The time of a path at a given signal: the inverse of `signal_fraction`, by bisection.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`, whose ratio alpha_t / beta_t rises over [0, 1].
@@ -170,13 +175,13 @@ def time_at(path, signal):
     signal = jnp.asarray(signal, jnp.result_type(float, signal))
     if not isinstance(signal, Tracer) and not ((signal >= 0) & (signal <= 1)).all():
         raise ValueError(f"The signal is {signal}, but alpha / (alpha + beta) is in [0, 1]: 0 is noise, 1 is data.")
-    # Each round looks at 2^10 intervals at once, since a device finds that easier than ten halvings one by one.
+    # Each round evaluates 2^10 intervals at once, since a device finds that easier than ten halvings one by one.
     parts, t, width = 2**10, jnp.zeros_like(signal), 1.0
     for _ in range(-(-(jnp.finfo(signal.dtype).nmant + 1) // 10)):
         width = width / parts
         inner = t[None] + width * jnp.arange(1, parts, dtype=t.dtype).reshape(-1, *(1,) * t.ndim)
-        t = t + width * (signal_at(path, inner) <= signal[None]).sum(0)
-    first, last = (signal_at(path, jnp.asarray(end, t.dtype)) for end in (0, 1))
+        t = t + width * (signal_fraction(path, inner) <= signal[None]).sum(0)
+    first, last = (signal_fraction(path, jnp.asarray(end, t.dtype)) for end in (0, 1))
     inside = (signal > first) & (signal < last)
 
     def over(slope, value):
@@ -188,15 +193,15 @@ def time_at(path, signal):
         value, slope = jax.jvp(missing, (t,), (jnp.ones_like(t),))
         return t - over(slope, value)
 
-    # One step of Newton's method for what is left of the way; derivatives of any order by the implicit function theorem.
+    # One step of Newton's method for what is left; derivatives of any order by the implicit function theorem.
     t = lax.custom_root(
-        lambda t: signal_at(path, t) - signal, t + width / 2, newton, lambda slope, value: over(slope(jnp.ones_like(value)), value)
+        lambda t: signal_fraction(path, t) - signal, t + width / 2, newton, lambda slope, value: over(slope(jnp.ones_like(value)), value)
     )
     t = jnp.where(signal <= first, 0, jnp.where(signal >= last, 1, jnp.clip(t, 0, 1)))
     return jnp.where(jnp.isnan(signal), jnp.nan, t)
 
 
-def interpolate(path, x_0, x_1, t):
+def interpolate(path, x_0, x_1, t) -> chex.ArrayDevice:
     """Point on the path from x_0 to x_1 at time t.
 
     x_t = alpha_t x_1 + beta_t x_0        (1)
@@ -210,7 +215,7 @@ def interpolate(path, x_0, x_1, t):
       x_t, like x_1; the sum is made in float32 or wider.
     Raises:
       TypeError: if an array is not of floats.
-      ValueError: if the shapes differ, or t is neither one time nor one an example.
+      ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
     checks.path(path)
     x_0, x_1 = checks.floats("x_0", x_0), checks.floats("x_1", x_1)
@@ -219,10 +224,10 @@ def interpolate(path, x_0, x_1, t):
     return (path.alpha(t) * x_1 + path.beta(t) * x_0).astype(x_1.dtype)
 
 
-def flow(path, x_0, x_1, t):
+def flow(path, x_0, x_1, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
     """Point on the path from x_0 to x_1 at time t, and its velocity.
 
-    x_t = alpha_t x_1 + beta_t x_0,  u_t = d x_t / dt    (notes 004, "Flow Matching for Gaussian Conditional Probability Paths")
+    x_t = alpha_t x_1 + beta_t x_0,  u_t = d x_t / dt    (MIT 6.S184, "Flow Matching for Gaussian Conditional Probability Paths")
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -233,7 +238,7 @@ def flow(path, x_0, x_1, t):
       x_t and u_t, each like x_1. u_t is infinite where the path's derivative is.
     Raises:
       TypeError: if an array is not of floats.
-      ValueError: if the shapes differ, or t is neither one time nor one an example.
+      ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
     t = checks.times(checks.on_path(t), checks.floats("x_1", x_1))
     return jax.jvp(lambda t: interpolate(path, x_0, x_1, t), (t,), (jnp.ones_like(t),))
@@ -248,40 +253,40 @@ def _noise_at(path, x, x_1, t):
     return (x - path.alpha(t) * x_1) / path.beta(t)
 
 
-def conditional_velocity(path, x, x_1, t):
+def conditional_velocity(path, x, x_1, t) -> chex.ArrayDevice:
     """Velocity at x of the flow that carries all noise to the one point x_1.
 
-    u_t(x | z) = (alpha'_t - alpha_t beta'_t / beta_t) z + (beta'_t / beta_t) x    (notes 004, "Gaussian probability path")
+    u_t(x | z) = (alpha'_t - alpha_t beta'_t / beta_t) z + (beta'_t / beta_t) x    (MIT 6.S184, "Gaussian probability path")
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       x: states, (B, ...), any float dtype.
-      x_1: data (the notes' z), like x.
+      x_1: data (the course's z), like x.
       t: times with beta_t > 0, () or (B,).
     Returns:
       u_t(x | x_1), like x; infinite where beta_t = 0 unless x is there already.
     Raises:
       TypeError: if an array is not of floats.
-      ValueError: if the shapes differ, or t is neither one time nor one an example.
+      ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
     return flow(path, _noise_at(path, x, x_1, t), x_1, t)[1]
 
 
-def conditional_score(path, x, x_1, t):
+def conditional_score(path, x, x_1, t) -> chex.ArrayDevice:
     """Gradient in x of log p_t(x | x_1).
 
-    grad log p_t(x | z) = -(x - alpha_t z) / beta_t^2    (notes 004, "Gaussian probability path"; 002 drops the sign twice)
+    grad log p_t(x | z) = -(x - alpha_t z) / beta_t^2    (MIT 6.S184, "Gaussian probability path")
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       x: states, (B, ...), any float dtype.
-      x_1: data (the notes' z), like x.
+      x_1: data (the course's z), like x.
       t: times with beta_t > 0, () or (B,).
     Returns:
       The score, like x; infinite where beta_t = 0.
     Raises:
       TypeError: if an array is not of floats.
-      ValueError: if the shapes differ, or t is neither one time nor one an example.
+      ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
     noise = _noise_at(path, x, x_1, t)
     return (-noise / path.beta(lift(t, noise))).astype(x_1.dtype)

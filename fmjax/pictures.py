@@ -47,7 +47,7 @@ def samples(file, blocks, rows, columns=10, height=3.9):
 
 
 def trajectories(file, states, times, rows, columns=11):
-    """Draws images on their way from noise to data: a row an image, time from left to right.
+    """Draws images on their way from noise to data: a row per image, time from left to right.
 
     Args:
       file: where to write.

@@ -13,40 +13,42 @@ which holds for expectations given x_t = x too, hence for the marginal velocity 
 networks. A target of your own is a function `(path, t) -> (a, b)`.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from fmjax import checks, paths
+from fmjax.paths import Field
 
 
-def velocity(path, t):
-    """u = alpha'_t x_1 + beta'_t x_0, the derivative of x_t    (notes 004, "Flow Matching")."""
+def velocity(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
+    """u = alpha'_t x_1 + beta'_t x_0, the derivative of x_t    (MIT 6.S184, "Flow Matching")."""
     t = jnp.asarray(t, jnp.result_type(float, t))
     return jax.jvp(lambda t: (path.alpha(t), path.beta(t)), (t,), (jnp.ones_like(t),))[1]
 
 
-def score(path, t):
-    """grad log p_t(x | x_1) = -x_0 / beta_t, infinite at beta_t = 0    (notes 004, "Score Matching")."""
+def score(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
+    """grad log p_t(x | x_1) = -x_0 / beta_t, infinite at beta_t = 0    (MIT 6.S184, "Score Matching")."""
     beta = jnp.asarray(path.beta(t))
     return jnp.zeros_like(beta), -1 / beta
 
 
-def noise(path, t):
-    """x_0, the notes' epsilon    (notes 004, "Denoising Diffusion Models", L_DDPM)."""
+def noise(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
+    """x_0, the course's epsilon    (MIT 6.S184, "Denoising Diffusion Models", L_DDPM)."""
     beta = jnp.asarray(path.beta(t))
     return jnp.zeros_like(beta), jnp.ones_like(beta)
 
 
-def data(path, t):
-    """x_1, the notes' z."""
+def data(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
+    """x_1, the course's z."""
     alpha = jnp.asarray(path.alpha(t))
     return jnp.ones_like(alpha), jnp.zeros_like(alpha)
 
 
-def v(path, t):
-    """alpha_t x_0 - beta_t x_1    (Salimans and Ho 2022, section 4, whose alpha and sigma are alpha and beta here)."""
+def v(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
+    """alpha_t x_0 - beta_t x_1    (Salimans and Ho 2022, arXiv:2202.00512, section 4, whose alpha and sigma are alpha and beta here)."""
     return -path.beta(t), path.alpha(t)
 
 
@@ -58,11 +60,11 @@ def _unit(a, b):
     return a, b, 1 / size
 
 
-def coefficients(path, t, *, source, target):
+def coefficients(path, t, *, source, target) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
     """The p and q of (2), value' = p x + q value.
 
-    With source `score` and target `velocity` these are the notes' (a_t, b_t), u = a_t x + b_t grad log p_t
-    (notes 004, "Classifier-Free Guidance").
+    With source `score` and target `velocity` these are the course's (a_t, b_t), u = a_t x + b_t grad log p_t
+    (MIT 6.S184, "Classifier-Free Guidance").
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -117,12 +119,12 @@ def _check_known(path, t, source, target):
         at = t.reshape(-1)[int(np.flatnonzero(infinite)[0])]
         raise ValueError(
             f"On {path} the {other} does not follow from the {name} at t = {at:g}, where it would be infinite: let the grid start later or "
-            "end earlier, as times.grid(20, start=1e-3, end=0.999) does, or evaluate nothing there: last=sampling.euler for a flow's last "
-            "step, solvers.heun(path) and other steps that know the path."
+            "end earlier, as times.uniform_grid(20, start=1e-3, end=0.999) does, or evaluate nothing there: last=sampling.euler for a last "
+            "step, sampling.path_heun(path) and other steps that know the path."
         )
 
 
-def convert(path, value, x, t, *, source, target):
+def convert(path, value, x, t, *, source, target) -> chex.ArrayDevice:
     """The value of one target from that of another: `targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)`.
 
     value' = p x + q value        (2)
@@ -138,7 +140,7 @@ def convert(path, value, x, t, *, source, target):
       The value of `target`, like x; see `coefficients` for the times at which it is finite.
     Raises:
       TypeError: if an array is not of floats.
-      ValueError: if the shapes differ, t is neither one time nor one an example, or a known t is one at which the target does not follow.
+      ValueError: if the shapes differ, t is neither one time nor one per example, or a known t is one at which the target does not follow.
     """
     checks.path(path)
     _check_targets(source, target)
@@ -151,7 +153,7 @@ def convert(path, value, x, t, *, source, target):
     return (p * x + q * value).astype(x.dtype)
 
 
-def convert_field(path, field, *, source, target):
+def convert_field(path, field, *, source, target) -> Field:
     """The field of one target from the field of another: a network that predicts noise, say, as a velocity.
 
     Args:
@@ -173,13 +175,13 @@ def convert_field(path, field, *, source, target):
     return converted
 
 
-def change_path(field, *, source, target):
+def change_path(field, *, source, target) -> Field:
     """The velocity along one path from the velocity that was learned along another, with the same noise and data at every x.
 
     At the times s of the source and t of the target at which alpha / beta is the same, the states are in proportion:
 
     u_t(x) = alpha'_t E[x_1 | x_s] + beta'_t E[x_0 | x_s],   x_s = (alpha_s + beta_s) / (alpha_t + beta_t) x
-    (Pokle et al. 2023, lemma 2; Lipman et al. 2024, section 4.7)
+    (Pokle et al. 2023, arXiv:2310.04432, lemma 2; Lipman et al. 2024, arXiv:2412.06264, section 4.7)
 
     Args:
       field: (x, t) -> u_t(x) along `source`; from another prediction by `convert_field`.
@@ -197,7 +199,7 @@ def change_path(field, *, source, target):
         known, t = not isinstance(t, Tracer), paths.lift(checks.on_path(t), x)
         # A time that is known stays so, for the field's own check and the conversion's.
         with jax.ensure_compile_time_eval():
-            s = paths.time_at(source, paths.signal_at(target, t))
+            s = paths.time_from_signal_fraction(source, paths.signal_fraction(target, t))
         s = np.asarray(s) if known and not isinstance(s, Tracer) else s
         x_s = ((source.alpha(s) + source.beta(s)) / (target.alpha(t) + target.beta(t)) * x).astype(x.dtype)
         s = s.reshape(-1) if s.ndim else s
@@ -206,7 +208,7 @@ def change_path(field, *, source, target):
     return changed
 
 
-def weight(path, t, *, source, target):
+def weight(path, t, *, source, target) -> chex.ArrayDevice:
     """Turns a squared error on source into one on target: at the same x, |error'|^2 = q^2 |error|^2.
 
     Args:

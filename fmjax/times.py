@@ -6,6 +6,7 @@ Sampling follows a field along a grid, an increasing array of times that starts 
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +32,8 @@ def _check_draw(key, n):
     checks.whole("n", n, "how many times are drawn")
 
 
-def uniform(key, n):
-    """n independent times, t ~ Unif[0, 1)    (notes 004, "Flow Matching").
+def uniform(key, n) -> chex.ArrayDevice:
+    """n independent times, t ~ Unif[0, 1)    (MIT 6.S184, "Flow Matching").
 
     Args:
       key: a typed key.
@@ -44,10 +45,10 @@ def uniform(key, n):
     return jax.random.uniform(key, (n,))
 
 
-def stratified(key, n):
+def stratified(key, n) -> chex.ArrayDevice:
     """n uniform times, one in each of n equal intervals, in random order: the loss of a batch varies less.
 
-    t_i = (p_i + u_i) / n,  p a permutation, u_i ~ Unif[0, 1)    (Kingma et al. 2021, appendix I.1, with u_i independent)
+    t_i = (p_i + u_i) / n,  p a permutation, u_i ~ Unif[0, 1)    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1, with u_i independent)
 
     Args:
       key: a typed key.
@@ -62,8 +63,8 @@ def stratified(key, n):
     return jnp.minimum(t, 1 - jnp.finfo(t.dtype).epsneg)
 
 
-def logit_normal(key, n, mean=0.0, std=1.0):
-    """n times whose logit is normal, which prefers the middle of the path    (Esser et al. 2024, eq. 19).
+def logit_normal(key, n, mean=0.0, std=1.0) -> chex.ArrayDevice:
+    """n times whose logit is normal, which prefers the middle of the path    (Esser et al. 2024, arXiv:2403.03206, eq. 19).
 
     t = 1 / (1 + exp(-g)),  g ~ N(mean, std^2)
 
@@ -90,8 +91,8 @@ def _check_steps(steps, least):
 
 
 @_known
-def grid(steps, start=0.0, end=1.0):
-    """The uniform grid of `steps` steps, `steps + 1` times    (notes 003, "Euler Method": h = 1 / n).
+def uniform_grid(steps, start=0.0, end=1.0) -> chex.ArrayDevice:
+    """The uniform grid of `steps` steps, `steps + 1` times    (MIT 6.S184, "Euler Method": h = 1 / n).
 
     Args:
       steps: how many steps, at least 1.
@@ -111,8 +112,8 @@ def grid(steps, start=0.0, end=1.0):
 
 
 @_known
-def shift(t, factor):
-    """Moves times towards noise, for a factor above 1, as larger images need    (Esser et al. 2024, eq. 23, with t reversed).
+def shift(t, factor) -> chex.ArrayDevice:
+    """Moves times towards noise, for a factor above 1, as larger images need    (Esser et al. 2024, arXiv:2403.03206, eq. 23).
 
     t' = t / (t + factor (1 - t)),  so that on the linear path beta / alpha grows by the factor
 
@@ -127,8 +128,8 @@ def shift(t, factor):
     return t / (t + factor * (1 - t))
 
 
-def resolution_factor(size, base):
-    """The factor of `shift` for images of another size than the one that times were chosen for    (Esser et al. 2024, eq. 23).
+def resolution_factor(size, base) -> float:
+    """The factor of `shift` for images of another size than times were chosen for    (Esser et al. 2024, arXiv:2403.03206, eq. 23).
 
     Args:
       size: numbers in an image, such as 512 * 512.
@@ -149,7 +150,7 @@ def _check_times(t):
 
 
 @_known
-def cosine(t):
+def cosine(t) -> chex.ArrayDevice:
     """Moves times towards both ends, (1 - cos(pi t)) / 2: steps shrink towards noise and towards data.
 
     Args:
@@ -162,8 +163,8 @@ def cosine(t):
 
 
 @_known
-def quadratic(t):
-    """Moves times towards data, 1 - (1 - t)^2: steps shrink towards data    (Song, Meng and Ermon 2021, appendix D.2).
+def quadratic(t) -> chex.ArrayDevice:
+    """Moves times towards data, 1 - (1 - t)^2: steps shrink towards data    (Song, Meng and Ermon 2021, arXiv:2010.02502, appendix D.2).
 
     Args:
       t: times in [0, 1], any shape.
@@ -175,35 +176,35 @@ def quadratic(t):
 
 
 @_known
-def karras(path, steps, smallest=0.002, largest=80.0, rho=7.0):
-    """The grid of EDM in a path's own time: powers of the noise level in equal steps, and data    (Karras et al. 2022, eq. 5).
+def karras(path, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> chex.ArrayDevice:
+    """EDM's grid in a path's own time: powers of the noise level in equal steps, and data    (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
-    beta / alpha = (largest^(1/rho) + i / (n - 1) (smallest^(1/rho) - largest^(1/rho)))^rho,  i < n,  then 0
+    beta / alpha = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,  i < n,  then 0
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       steps: how many steps n, at least 2.
-      smallest: the last noise level but 0.
-      largest: the first noise level; the path must reach it.
+      sigma_min: the last noise level but 0.
+      sigma_max: the first noise level; the path must reach it.
       rho: above 1 makes steps shrink towards data.
     Returns:
-      Times, (steps + 1,); it starts where the noise level is `largest`, so noise there is beta_t N(0, I) to good approximation.
+      Times, (steps + 1,); it starts where the noise level is `sigma_max`, so noise there is beta_t N(0, I) to good approximation.
     Raises:
-      ValueError: if there are fewer than 2 steps, the levels are not 0 < smallest < largest, or the path does not reach them.
+      ValueError: if there are fewer than 2 steps, the levels are not 0 < sigma_min < sigma_max, or the path does not reach them.
     """
     checks.path(path)
     _check_steps(steps, 2)
-    for name, value in (("smallest", smallest), ("largest", largest), ("rho", rho)):
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
         checks.number(name, value, "a noise level" if name != "rho" else "a power", least=0, above=True)
-    if not smallest < largest:
-        raise ValueError(f"smallest is {smallest} and largest {largest}, but the grid goes from the largest noise level to the smallest.")
-    root = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
+    if not sigma_min < sigma_max:
+        raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}, but the grid goes from sigma_max to sigma_min.")
+    root = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps)
     return _at_levels(path, np.append(root**rho, 0.0))
 
 
 @_known
-def log_ratio(path, steps, start, end):
-    """The grid in equal steps of log(alpha_t / beta_t), half the log signal-to-noise ratio    (Lu et al. 2022a, section 5).
+def log_snr_grid(path, steps, start, end) -> chex.ArrayDevice:
+    """The grid in equal steps of the log signal-to-noise ratio, log(alpha_t^2 / beta_t^2)    (Lu et al. 2022, arXiv:2206.00927, section 5).
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -216,7 +217,7 @@ def log_ratio(path, steps, start, end):
       ValueError: if steps is not positive, end is not after start, or the ratio is infinite at one of them.
     """
     checks.path(path)
-    grid(steps, start, end)
+    uniform_grid(steps, start, end)
     first, last = (float(jnp.log(path.alpha(t)) - jnp.log(path.beta(t))) for t in map(jnp.asarray, (float(start), float(end))))
     if not np.all(np.isfinite([first, last])):
         raise ValueError(f"log(alpha / beta) is {first:g} at t = {start} and {last:g} at t = {end}: take times between noise and data.")
@@ -227,21 +228,23 @@ def log_ratio(path, steps, start, end):
 def _at_levels(path, levels):
     """The times of falling noise levels beta / alpha."""
     signal = 1 / (1 + np.asarray(levels))
-    first = float(paths.signal_at(path, jnp.asarray(0.0)))
+    first = float(paths.signal_fraction(path, jnp.asarray(0.0)))
     # The path's own first level, given as a number, is rounded otherwise than its signal.
     if signal[0] < first * (1 - 1e-6):
         raise ValueError(f"The first noise level is {levels[0]:g}, but the path starts at {1 / first - 1:g}: take a smaller one.")
-    return paths.time_at(path, np.maximum(signal, first))
+    return paths.time_from_signal_fraction(path, np.maximum(signal, first))
 
 
-def fitted(error, first, *, iterations=200):
-    """The grid between the same ends that makes an error small, by L-BFGS through the sampler    (as in Sabour et al. 2024, another error).
+def optimize_grid(error, first, *, iterations=200) -> chex.ArrayDevice:
+    """The grid between the same ends that makes an error small, by L-BFGS through the sampler.
+
+    As in "Align Your Steps" (Sabour et al. 2024, arXiv:2404.14507), for another error.
 
     For a field of one's own, against a fine solution from the same noise:
 
-        fine, _ = sampling.sample_ode(field, x_0, times.grid(500))
+        fine, _ = sampling.sample_ode(field, x_0, times.uniform_grid(500))
         error = lambda grid: ((sampling.sample_ode(field, x_0, grid)[0] - fine) ** 2).mean()
-        grid = times.fitted(error, times.grid(8))
+        grid = times.optimize_grid(error, times.uniform_grid(8))
 
     Args:
       error: a grid to a positive number, differentiable; compiled here.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import diffusion, marginals, paths, sampling, solvers, targets
+from fmjax import marginals, paths, sampling, targets
 
 
 @jax.tree_util.register_dataclass
@@ -42,11 +42,11 @@ TARGETS = [targets.velocity, targets.score, targets.noise, targets.data, targets
 ORDERS = [(sampling.euler, 1), (sampling.heun, 2), (sampling.midpoint, 2), (sampling.ralston, 2), (sampling.rk4, 4)]
 """Steps that take any field on any grid, and the order of their error."""
 PATH_ORDERS = {
-    "ddim": (solvers.ddim, 1),
-    **{f"adams_bashforth {k}": (lambda path, k=k: solvers.adams_bashforth(k), k) for k in (1, 2, 3, 4)},
-    **{f"dpm_solver_pp {k}": (lambda path, k=k: solvers.dpm_solver_pp(path, k), k) for k in (1, 2, 3)},
-    **{f"deis {k}": (lambda path, k=k: solvers.deis(path, k), k) for k in (1, 2, 3)},
-    **{f"unipc {k}": (lambda path, k=k: solvers.unipc(path, k), k + 1) for k in (1, 2, 3)},
+    "ddim": (sampling.ddim, 1),
+    **{f"adams_bashforth {k}": (lambda path, k=k: sampling.adams_bashforth(k), k) for k in (1, 2, 3, 4)},
+    **{f"dpm_solver_pp {k}": (lambda path, k=k: sampling.dpm_solver_pp(path, k), k) for k in (1, 2, 3)},
+    **{f"deis {k}": (lambda path, k=k: sampling.deis(path, k), k) for k in (1, 2, 3)},
+    **{f"unipc {k}": (lambda path, k=k: sampling.unipc(path, k), k + 1) for k in (1, 2, 3)},
 }
 """Makers of steps for a path, which takes the velocity, and their order on grids that shrink towards both ends."""
 NOISY_STEPS = {
@@ -63,9 +63,9 @@ SIGMAS = {
     "0.5": lambda path: 0.5,
     "1": lambda path: 1.0,
     "2": lambda path: 2.0,
-    "by_noise": lambda path: diffusion.by_noise(path, 2.0),
-    "natural": diffusion.natural,
-    "bump": lambda path: diffusion.bump(4.0),
+    "by_noise": lambda path: sampling.sigma_beta(path, 2.0),
+    "natural": sampling.sigma_sbdm,
+    "bump": lambda path: sampling.sigma_increasing_decreasing(4.0),
 }
 
 

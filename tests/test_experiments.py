@@ -177,7 +177,7 @@ def test_fashion_mnist(tmp_path, few_clothes):
 def test_fashion_mnist_of_the_course():
     configs = {name: config for name, (_, config) in fashion_mnist.CONFIGS.items()}
     assert configs["lab-dit"].network == fashion_mnist.Transformer(patch=4, width=256, depth=8, heads=8)
-    assert fashion_mnist.make_network(configs["lab-unet"].network).clone(classes=None) == unet.LAB()
+    assert fashion_mnist.make_network(configs["lab-unet"].network).clone(num_classes=None) == unet.LabUNet()
     chosen = tyro.extras.overridable_config_cli(fashion_mnist.CONFIGS, args=["lab-unet", "--steps", "7"])
     assert chosen == dataclasses.replace(configs["lab-unet"], steps=7)
     with pytest.raises(SystemExit, match=r"--warm-up is 150 steps of 20 in all"):

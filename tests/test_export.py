@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import export, guidance, likelihood, marginals, sampling, solvers, times
+from fmjax import export, guidance, likelihood, marginals, sampling, times
 from fmjax.models import dit, unet
 from fmjax.paths import Linear
 
@@ -29,14 +29,14 @@ print("the same")
 @pytest.fixture(scope="module")
 def sampler():
     """A guided sampler of a small transformer, with its parameters and its grid inside."""
-    model = dit.DiT(patch=4, width=16, depth=1, heads=2, classes=3)
+    model = dit.DiT(patch_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), 0.5, jnp.zeros(1, int))
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.1 * random.standard_normal(leaf.shape), jnp.float32), shapes)
 
     def sample(x_0, y):
         field = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), y, 3, 2.0)
-        return sampling.sample_ode(field, x_0, times.grid(4), step=solvers.dpm_solver_pp(Linear(), 2))[0]
+        return sampling.sample_ode(field, x_0, times.uniform_grid(4), step=sampling.dpm_solver_pp(Linear(), 2))[0]
 
     return sample
 
@@ -55,7 +55,7 @@ def test_a_fresh_process_without_fmjax_samples_the_same(sampler, key, tmp_path):
 
 def test_a_unet_takes_any_batch(key, tmp_path):
     """Its groups and convolutions are reshaped by the batch, whose size the file leaves open."""
-    model = unet.UNet(width=4, multipliers=(1, 2), blocks=1, attention=(2,), head_width=4, groups=2)
+    model = unet.UNet(model_channels=4, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), head_dim=4, groups=2)
     x = sampling.noise(key, (5, 4, 4, 1))
     shapes = jax.eval_shape(model.init, key, x, 0.5)
     params = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), shapes)
@@ -69,7 +69,7 @@ def test_exact_fields_and_log_densities_take_any_batch(key, tmp_path):
     field = marginals.velocity(Linear(), marginals.Empirical(jnp.eye(3)))
 
     def density(x):
-        return likelihood.log_density(field, likelihood.normal, x, times.grid(3, end=0.9)).log_p
+        return likelihood.log_density(field, likelihood.normal, x, times.uniform_grid(3, end=0.9)).log_p
 
     x = sampling.noise(key, (5, 3))
     export.save(tmp_path / "density.jax", density, x[:1])
@@ -80,7 +80,7 @@ def test_noise_from_a_seed(key, tmp_path):
     """A stochastic sampler takes an integer seed, a scalar that is no batch."""
 
     def sample(x_0, seed):
-        return sampling.sample_sde(lambda x, t: -x, 1.0, jax.random.key(seed), x_0, times.grid(3))[0]
+        return sampling.sample_sde(lambda x, t: -x, 1.0, jax.random.key(seed), x_0, times.uniform_grid(3))[0]
 
     x_0 = sampling.noise(key, (4, 2))
     export.save(tmp_path / "sde.jax", sample, jax.ShapeDtypeStruct((1, 2), jnp.float32), 7)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from battery import BOUNDED, name
 
-from fmjax import guidance, marginals, paths, sampling, targets
+from fmjax import guidance, inverse, marginals, paths, sampling, targets
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -78,7 +78,7 @@ def test_scale_may_be_traced_or_one_an_example(key):
 
 
 def test_conditions_may_be_arrays(key):
-    """A condition an example and a null of any shape: text embeddings, say."""
+    """A condition per example and a null of any shape: text embeddings, say."""
     x, y, null = jax.random.normal(key, (4, 2)), jnp.ones((4, 5, 3)), jnp.zeros((5, 3))
     field = guidance.classifier_free(lambda x, t, y: x * y.sum((1, 2))[:, None], y, null, 3.0)
     np.testing.assert_allclose(field(x, 0.5), 45 * x, rtol=1e-6)
@@ -115,7 +115,7 @@ def test_guided_velocity_and_guided_score_are_one(path, key, x64):
     )
     converted = targets.convert_field(path, velocity, source=targets.velocity, target=targets.score)
     np.testing.assert_allclose(converted(x, t), score(x, t), rtol=1e-9, atol=1e-9)
-    both = sampling.extend(velocity, score, 0.7)(x, t)
+    both = sampling.sde_extension(velocity, score, 0.7)(x, t)
     np.testing.assert_allclose(sampling.sde_drift(path, velocity, 0.7)(x, t), both, rtol=1e-9, atol=1e-9)
 
 
@@ -153,7 +153,7 @@ def test_bad_input_is_named(key):
     plain, thin = lambda x, t: x, lambda x, t: x[:1]
     for field in (
         guidance.classifier_free(field_y, y, NULL, jnp.ones(3)),
-        guidance.weighted(field_y, [y], NULL, [jnp.ones((1, 3))]),
+        guidance.compose(field_y, [y], NULL, [jnp.ones((1, 3))]),
         guidance.autoguidance(plain, plain, jnp.ones((2, 2))),
         guidance.classifier(plain, lambda x, t: x.sum(1), jnp.ones(3)),
     ):
@@ -164,7 +164,7 @@ def test_bad_input_is_named(key):
         guidance.autoguidance(thin, plain, 2.0),
         guidance.classifier(thin, lambda x, t: x.sum(1), 2.0),
         guidance.classifier_free(lambda x, t, y: x[:, :1], y, NULL, 2.0),
-        sampling.extend(plain, thin, 1.0),
+        sampling.sde_extension(plain, thin, 1.0),
     ):
         with pytest.raises(ValueError, match=r"has shape .*, but must be like x"):
             field(x, 0.5)
@@ -174,7 +174,7 @@ def test_bad_input_is_named(key):
     with pytest.raises(TypeError, match=r"The guidance scale is 'strong', .* but it is a real number"):
         guidance.classifier_free(field_y, y, NULL, "strong")
     with pytest.raises(ValueError, match="The guidance's weight is infinite at t = 0"):
-        sampling.sample_ode(guidance.linear_inverse(paths.Linear(), plain, lambda x: x[:1], x[:, :1]), x, jnp.linspace(0, 1, 5))
+        sampling.sample_ode(inverse.linear_inverse(paths.Linear(), plain, lambda x: x[:1], x[:, :1]), x, jnp.linspace(0, 1, 5))
     with pytest.raises(ValueError, match=r"y has shape \(\), but it must hold one condition per example"):
         guidance.drop_labels(key, 3, NULL, 0.5)
     for rate in (-0.1, 1.5, jnp.nan):
@@ -195,14 +195,14 @@ def test_a_null_that_labels_cannot_hold_is_named(key):
         for call in (
             lambda labels=labels, null=null: guidance.drop_labels(key, labels, null, 0.5),
             lambda labels=labels, null=null: guidance.classifier_free(lambda x, t, y: x, labels, null, 2.0),
-            lambda labels=labels, null=null: guidance.weighted(lambda x, t, y: x, [labels], null, [2.0]),
+            lambda labels=labels, null=null: guidance.compose(lambda x, t, y: x, [labels], null, [2.0]),
         ):
             with pytest.raises(error, match=message):
                 call()
     np.testing.assert_array_equal(guidance.drop_labels(key, small, 255, 1.0), 255)
 
 
-@pytest.mark.parametrize("combine", [guidance.extrapolate, guidance.zero_star, guidance.projected(0.3, 0.5), guidance.rescaled()])
+@pytest.mark.parametrize("combine", [guidance.extrapolate, guidance.cfg_zero_star, guidance.apg(0.3, 0.5), guidance.cfg_rescale()])
 def test_a_scale_per_example_is_per_example_where_the_batch_is_square(combine, key):
     """With B = D numbers of shape (B,) could as well scale columns."""
     guided, unguided = jax.random.normal(key, (2, 4, 4))
@@ -220,12 +220,12 @@ def three_conditions(key):
 def test_several_conditions_are_their_weighted_sum_in_one_call(key, x64):
     x, y, z, at = three_conditions(key)
     calls, fields = [], classes(marginals.velocity, paths.Linear())
-    field = guidance.weighted(conditional(marginals.velocity, paths.Linear(), calls), [y, z], NULL, [2.0, -0.5])
+    field = guidance.compose(conditional(marginals.velocity, paths.Linear(), calls), [y, z], NULL, [2.0, -0.5])
     plain = fields[-1](x, 0.4)
     expected = plain + 2.0 * (at(y, fields, x, 0.4) - plain) - 0.5 * (at(z, fields, x, 0.4) - plain)
     np.testing.assert_allclose(field(x, 0.4), expected, rtol=1e-10, atol=1e-12)
     assert calls == [18]
-    one = guidance.weighted(conditional(marginals.velocity, paths.Linear()), [y], NULL, [3.0])
+    one = guidance.compose(conditional(marginals.velocity, paths.Linear()), [y], NULL, [3.0])
     np.testing.assert_allclose(
         one(x, 0.4), guidance.classifier_free(conditional(marginals.velocity, paths.Linear()), y, NULL, 3.0)(x, 0.4), rtol=1e-10
     )
@@ -240,10 +240,10 @@ def test_a_negative_condition_takes_the_place_of_none(key, x64):
 
 COMBINATIONS = {
     "extrapolate": guidance.extrapolate,
-    "zero_star": guidance.zero_star,
-    "projected": guidance.projected(),
-    "projected short": guidance.projected(0.3, 0.1),
-    "rescaled": guidance.rescaled(),
+    "cfg_zero_star": guidance.cfg_zero_star,
+    "projected": guidance.apg(),
+    "projected short": guidance.apg(0.3, 0.1),
+    "rescaled": guidance.cfg_rescale(),
 }
 
 
@@ -263,15 +263,15 @@ def test_combinations_are_their_formulas(key, x64):
     guided, unguided = jax.random.normal(key, (2, 5, 7))
     dot = lambda a, b: (a * b).sum(1, keepdims=True)
     # The scaled unguided value is the projection of the guided one, so what is left is orthogonal to it.
-    left = guidance.zero_star(guided, unguided, 3.0) - 3 * guided
+    left = guidance.cfg_zero_star(guided, unguided, 3.0) - 3 * guided
     np.testing.assert_allclose(dot(guided + left / 2, unguided), 0, atol=1e-12)
-    change = guidance.projected()(guided, unguided, 3.0) - guided
+    change = guidance.apg()(guided, unguided, 3.0) - guided
     np.testing.assert_allclose(dot(change, guided), 0, atol=1e-12)
-    np.testing.assert_allclose(guidance.projected(1.0)(guided, unguided, 3.0), guidance.extrapolate(guided, unguided, 3.0), rtol=1e-10)
-    change = guidance.projected(1.0, 0.25)(guided, unguided, 3.0) - guided
+    np.testing.assert_allclose(guidance.apg(1.0)(guided, unguided, 3.0), guidance.extrapolate(guided, unguided, 3.0), rtol=1e-10)
+    change = guidance.apg(1.0, 0.25)(guided, unguided, 3.0) - guided
     np.testing.assert_allclose(jnp.linalg.norm(change, axis=1), 2 * 0.25, rtol=1e-10)
-    np.testing.assert_allclose(guidance.rescaled(1.0)(guided, unguided, 3.0).std(1), guided.std(1), rtol=1e-10)
-    np.testing.assert_allclose(guidance.rescaled(0.0)(guided, unguided, 3.0), guidance.extrapolate(guided, unguided, 3.0), rtol=1e-10)
+    np.testing.assert_allclose(guidance.cfg_rescale(1.0)(guided, unguided, 3.0).std(1), guided.std(1), rtol=1e-10)
+    np.testing.assert_allclose(guidance.cfg_rescale(0.0)(guided, unguided, 3.0), guidance.extrapolate(guided, unguided, 3.0), rtol=1e-10)
 
 
 def test_guidance_outside_its_interval_is_not_evaluated(key):
@@ -325,7 +325,7 @@ def test_inverse_problems_of_gaussian_data_are_solved_exactly(path, key, x64):
 
     def solved(matrix, noise):
         matrix, y = jnp.asarray(matrix), jnp.array([0.8, -0.3])[: len(matrix)]
-        guided = guidance.linear_inverse(path, field, lambda x: matrix @ x, jnp.broadcast_to(y, (n, len(y))), noise=noise)
+        guided = inverse.linear_inverse(path, field, lambda x: matrix @ x, jnp.broadcast_to(y, (n, len(y))), noise=noise)
         # The posterior of x_1, and of x_t from it.
         gain = matrix.T @ jnp.linalg.inv(matrix @ matrix.T + noise**2 * jnp.eye(len(y)))
         mean, covariance = gain @ y, identity - gain @ matrix
@@ -352,7 +352,7 @@ def test_what_is_behind_a_mask_does_not_matter(key, x64):
     path, mask, x = paths.Linear(), jnp.array([1.0, 0.0, 1.0]), jax.random.normal(key, (2, 3))
 
     def guided(y, noise):
-        return guidance.linear_inverse(path, lambda x, t: jnp.sin(x), lambda x: mask * x, y, noise=noise)(x, 0.5)
+        return inverse.linear_inverse(path, lambda x, t: jnp.sin(x), lambda x: mask * x, y, noise=noise)(x, 0.5)
 
     y = x + 1
     for noise in (0.0, 0.1):
@@ -367,13 +367,13 @@ def test_what_is_behind_a_mask_does_not_matter(key, x64):
 
 def test_a_measurement_of_another_shape_is_named(key):
     x = jax.random.normal(key, (4, 2))
-    field = guidance.linear_inverse(paths.Linear(), lambda x, t: -x, lambda x: x[:1], jnp.zeros((4, 2)))
+    field = inverse.linear_inverse(paths.Linear(), lambda x, t: -x, lambda x: x[:1], jnp.zeros((4, 2)))
     with pytest.raises(ValueError, match=r"y has shape \(4, 2\), but the operator gives \(4, 1\)"):
         field(x, 0.5)
 
 
 def test_bad_weights_are_named(key):
     with pytest.raises(ValueError, match="There are 1 conditions and 2 scales"):
-        guidance.weighted(lambda x, t, y: x, [jnp.zeros(4, int)], NULL, [1.0, 2.0])
+        guidance.compose(lambda x, t, y: x, [jnp.zeros(4, int)], NULL, [1.0, 2.0])
     with pytest.raises(ValueError, match=r"The guidance scale is nan"):
-        guidance.weighted(lambda x, t, y: x, [jnp.zeros(4, int)], NULL, [jnp.nan])
+        guidance.compose(lambda x, t, y: x, [jnp.zeros(4, int)], NULL, [jnp.nan])

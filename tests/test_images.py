@@ -522,7 +522,7 @@ def test_batches_that_cannot_be(size, options, match):
 def test_resumed(taken, ahead, threads):
     # Two epochs of four batches each, and an example left out. Restored, the rest is as it would have been.
     def stream():
-        return pipeline.to_device(pipeline.batches(numbers(13), 3, epochs=2, threads=threads), ahead=ahead)
+        return pipeline.to_device(pipeline.batches(numbers(13), 3, epochs=2, threads=threads), prefetch=ahead)
 
     whole = list(stream())
     assert len(whole) == 8
@@ -561,7 +561,7 @@ def test_to_device_keeps_the_order(n, ahead):
             read.append(number)
             yield {"x": np.full(2, number, np.float32)}
 
-    stream = pipeline.to_device(give(), ahead=ahead)
+    stream = pipeline.to_device(give(), prefetch=ahead)
     assert read == []
     for number in range(n):
         batch = next(stream)
@@ -588,8 +588,8 @@ def test_a_state_of_other_batches():
 
 def test_to_device_of_what_has_no_state():
     assert not hasattr(pipeline.to_device([np.ones(1)]), "get_state")
-    with pytest.raises(ValueError, match="ahead is -1; expected 0 or more"):
-        pipeline.to_device([], ahead=-1)
+    with pytest.raises(ValueError, match="prefetch is -1; expected 0 or more"):
+        pipeline.to_device([], prefetch=-1)
 
 
 def test_a_broken_batch_leaves_the_state():
@@ -608,7 +608,7 @@ def test_a_broken_batch_leaves_the_state():
         def get_state(self):
             return self.n
 
-    stream = pipeline.to_device(Breaks(), ahead=1)
+    stream = pipeline.to_device(Breaks(), prefetch=1)
     assert next(stream) == 1
     with pytest.raises(OSError, match="disc"):
         next(stream)

@@ -46,7 +46,7 @@ def test_estimates_lie_within_their_standard_errors(data, sketched, key, x64):
     sketch = rademacher(jax.random.key(2), 6, 1, *x_1.shape[1:])
     divergence = likelihood.hutch_plus_plus(sketch, probes) if sketched else likelihood.hutchinson(probes)
     field = marginals.velocity(path, data)
-    found = jax.jit(lambda x: likelihood.log_density(field, likelihood.normal, x, times.grid(100), divergence=divergence))(x_1)
+    found = jax.jit(lambda x: likelihood.log_density(field, likelihood.normal, x, times.uniform_grid(100), divergence=divergence))(x_1)
     assert np.all(found.standard_error > 0)
     truth = marginals.log_density(path, data)(x_1, 1.0)
     np.testing.assert_array_less(np.abs(found.log_p - truth), 4 * found.standard_error + 1e-3)
@@ -60,10 +60,10 @@ def linear(matrix):
 def test_divergences_of_a_linear_field(key, x64):
     matrix, x = jax.random.normal(key, (12, 12)), jnp.ones((3, 2, 3, 2))
     trace = jnp.trace(matrix)
-    u, exact = likelihood.exact(linear(matrix), x, 0.5)
+    u, exact = likelihood.exact_divergence(linear(matrix), x, 0.5)
     np.testing.assert_allclose(exact, trace, rtol=1e-12)
     np.testing.assert_allclose(u, linear(matrix)(x, 0.5), rtol=1e-12)
-    np.testing.assert_allclose(likelihood.exact(linear(matrix), x, 0.5, block=5)[1], trace, rtol=1e-12)
+    np.testing.assert_allclose(likelihood.exact_divergence(linear(matrix), x, 0.5, block=5)[1], trace, rtol=1e-12)
     probes = rademacher(key, 3, 400, 2, 3, 2)
     for divergence in (likelihood.hutchinson(probes), likelihood.hutch_plus_plus(probes[:, :4], probes[:, 4:])):
         u, each = divergence(linear(matrix), x, 0.5)
@@ -86,7 +86,9 @@ def test_derivatives_of_hutch_plus_plus(key, x64):
     estimate = likelihood.hutch_plus_plus(probes[:, :2], probes)
     trace = lambda matrix, divergence: divergence(lambda x, t: jnp.tanh(x @ matrix.T), x, 0.5)[1].reshape(2, -1).mean(1).sum()
     for matrix in (jnp.zeros((3, 3)), jnp.ones((3, 3)), jax.random.normal(key, (3, 3))):
-        np.testing.assert_allclose(jax.grad(trace)(matrix, estimate), jax.grad(trace)(matrix, likelihood.exact), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            jax.grad(trace)(matrix, estimate), jax.grad(trace)(matrix, likelihood.exact_divergence), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_sampling_and_its_way_back_agree(key, x64):
@@ -103,7 +105,7 @@ def test_sampling_and_its_way_back_agree(key, x64):
 @pytest.mark.parametrize("estimated", [False, True])
 def test_gradients_agree_with_differences(estimated, key, x64):
     probes = rademacher(key, 3, 2, 2)
-    divergence = likelihood.hutchinson(probes) if estimated else likelihood.exact
+    divergence = likelihood.hutchinson(probes) if estimated else likelihood.exact_divergence
     x_1 = mixture().sample(key, 3)
 
     @jax.jit
@@ -111,7 +113,7 @@ def test_gradients_agree_with_differences(estimated, key, x64):
         def field(x, t):
             return jnp.tanh(x @ weights) * (1 + t)
 
-        return likelihood.log_density(field, likelihood.normal, x_1, times.grid(10), divergence=divergence).log_p.sum()
+        return likelihood.log_density(field, likelihood.normal, x_1, times.uniform_grid(10), divergence=divergence).log_p.sum()
 
     weights, direction = jax.random.normal(key, (2, 2, 2))
     slope = jnp.vdot(jax.grad(total)(weights), direction)
@@ -129,7 +131,9 @@ def test_probes_are_drawn_once(key):
 
     probes = rademacher(key, 3, 2, 2)
     jaxpr = jax.make_jaxpr(
-        functools.partial(likelihood.log_density, field, likelihood.normal, times=times.grid(50), divergence=likelihood.hutchinson(probes))
+        functools.partial(
+            likelihood.log_density, field, likelihood.normal, times=times.uniform_grid(50), divergence=likelihood.hutchinson(probes)
+        )
     )(x_1)
     assert not any(word in str(jaxpr) for word in ("random_bits", "threefry", "random_wrap"))
     # Four stages of rk4; once for the shape of the divergence and thrice for the checks at the grid's ends.
@@ -150,7 +154,7 @@ def test_bits_per_dimension_of_noise(key):
 def test_one_probe_cannot_tell_its_error(key):
     x = jnp.ones((3, 2))
     found = likelihood.log_density(
-        lambda x, t: x, likelihood.normal, x, times.grid(2), divergence=likelihood.hutchinson(rademacher(key, 3, 1, 2))
+        lambda x, t: x, likelihood.normal, x, times.uniform_grid(2), divergence=likelihood.hutchinson(rademacher(key, 3, 1, 2))
     )
     assert np.isnan(found.standard_error).all()
     assert np.isfinite(found.log_p).all()
@@ -160,10 +164,10 @@ def test_wrong_probes_say_so(key):
     x = jnp.ones((3, 2))
     with pytest.raises(ValueError, match=r"probes has shape \(4, 3, 2\), but for x of shape \(3, 2\) it must be \(3, k, 2\)"):
         likelihood.hutchinson(jnp.ones((4, 3, 2)))(lambda x, t: x, x, 0.5)
-    with pytest.raises(ValueError, match=r"sketch has 5 probes an example, but x of shape \(3, 2\) has only 2 dimensions"):
+    with pytest.raises(ValueError, match=r"sketch has 5 probes per example, but x of shape \(3, 2\) has only 2 dimensions"):
         likelihood.hutch_plus_plus(jnp.ones((3, 5, 2)), jnp.ones((3, 1, 2)))(lambda x, t: x, x, 0.5)
     with pytest.raises(TypeError, match="x has dtype int32"):
-        likelihood.log_density(lambda x, t: x, likelihood.normal, jnp.ones((3, 2), int), times.grid(2))
+        likelihood.log_density(lambda x, t: x, likelihood.normal, jnp.ones((3, 2), int), times.uniform_grid(2))
 
 
 def test_half_precision_keeps_the_density_in_float32(key):
@@ -200,13 +204,14 @@ def test_a_trace_is_one_per_example_or_per_probe(shape):
         with pytest.raises(
             ValueError, match=rf"trace of shape {re.escape(str(shape))}, but it is one number per example, \(3,\), or .*\(3, k\)"
         ):
-            function(times_two, likelihood.normal, jnp.ones((3, 2)), times.grid(2), divergence=divergence_of(*shape))
+            function(times_two, likelihood.normal, jnp.ones((3, 2)), times.uniform_grid(2), divergence=divergence_of(*shape))
 
 
 def test_a_column_of_traces_is_one_probe():
     x = jnp.ones((3, 2))
     one, column = (
-        likelihood.log_density(times_two, likelihood.normal, x, times.grid(2), divergence=divergence_of(*shape)) for shape in ((3,), (3, 1))
+        likelihood.log_density(times_two, likelihood.normal, x, times.uniform_grid(2), divergence=divergence_of(*shape))
+        for shape in ((3,), (3, 1))
     )
     np.testing.assert_allclose(column.log_p, one.log_p, rtol=1e-6)
     assert np.isnan(column.standard_error).all()
@@ -216,8 +221,8 @@ def test_a_column_of_traces_is_one_probe():
 def test_the_density_of_noise_is_one_per_example(shape):
     for function in (likelihood.log_density, likelihood.sample):
         with pytest.raises(ValueError, match=rf"log_density_0 gives shape {re.escape(str(shape))}, .* \(3,\): .*\.sum\(-1\).*\[:, 0\]"):
-            function(times_two, lambda x: jnp.ones(shape), jnp.ones((3, 2)), times.grid(2))
-        listed = function(times_two, lambda x: [0.0, 1.0, 2.0], jnp.ones((3, 2)), times.grid(2)).log_p
+            function(times_two, lambda x: jnp.ones(shape), jnp.ones((3, 2)), times.uniform_grid(2))
+        listed = function(times_two, lambda x: [0.0, 1.0, 2.0], jnp.ones((3, 2)), times.uniform_grid(2)).log_p
         np.testing.assert_allclose(np.diff(listed), 1, rtol=1e-5)
 
 
@@ -273,6 +278,6 @@ def test_the_normal_density_is_of_examples_of_floats():
         likelihood.normal(jnp.ones((3, 2), int))
     with pytest.raises(ValueError, match=r"x has shape \(2,\), .* x\[:, None\]"):
         likelihood.normal(np.array([0.0, 1.0]))
-    for function in (likelihood.normal, lambda x: likelihood.log_density(times_two, likelihood.normal, x, times.grid(2))):
+    for function in (likelihood.normal, lambda x: likelihood.log_density(times_two, likelihood.normal, x, times.uniform_grid(2))):
         with pytest.raises(ValueError, match=r"x has shape \(\), but arrays are batch first, .* x\[None\]"):
             function(1.0)

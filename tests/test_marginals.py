@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def diagonal():
-    """Three dimensions, a scale a coordinate."""
+    """Three dimensions, a scale per coordinate."""
     means = jnp.array([[1.0, -0.5, 0.2], [-1.0, 0.7, 0.4]])
     return marginals.GaussianMixture(jnp.array([0.4, 0.6]), means, jnp.array([[0.5, 0.8, 0.3], [0.6, 0.4, 0.9]]))
 
@@ -159,7 +159,7 @@ def test_scales_of_every_shape_agree(key):
 
 def test_bad_input_is_named():
     field = marginals.velocity(paths.Linear(), mixture())
-    with pytest.raises(ValueError, match=r"x has shape \(4, 3\), that is 3 numbers an example, but the distribution has 2"):
+    with pytest.raises(ValueError, match=r"x has shape \(4, 3\), that is 3 numbers per example, but the distribution has 2"):
         field(jnp.zeros((4, 3)), 0.5)
     with pytest.raises(ValueError, match=r"t has shape \(3,\)"):
         field(jnp.zeros((4, 2)), jnp.zeros(3))

@@ -26,44 +26,55 @@ X = jax.random.normal(KEY, (B, 8, 6, 2))
 T = jnp.array([0.0, 0.4, 1.0])
 Y = jnp.array([1, 4, CLASSES])
 NETWORKS = {
-    "mlp": mlp.MLP(width=16, depth=2, classes=CLASSES),
-    "dit": dit.DiT(patch=2, width=8, depth=2, heads=2, classes=CLASSES),
+    "mlp": mlp.MLP(hidden_size=16, depth=2, num_classes=CLASSES),
+    "dit": dit.DiT(patch_size=2, hidden_size=8, depth=2, num_heads=2, num_classes=CLASSES),
     "modern": dit.DiT(
-        patch=2,
-        width=8,
+        patch_size=2,
+        hidden_size=8,
         depth=2,
-        heads=2,
-        classes=CLASSES,
-        encoding=layers.LearnableFourier(4),
+        num_heads=2,
+        num_classes=CLASSES,
+        time_embedding=layers.LearnableFourier(4),
         norm=layers.RMSNorm,
         qk_norm=layers.RMSNorm,
-        perceptron=dit.SwiGLU,
+        mlp_layer=dit.SwiGLU,
         rotary=True,
         bottleneck=4,
         register_tokens=1,
         class_tokens=2,
-        tokens_start=1,
+        context_start=1,
     ),
-    "unet": unet.UNet(width=8, multipliers=(1, 2), blocks=1, attention=(2,), head_width=4, groups=4, dropout=0.0, classes=CLASSES),
-    "adm": unet.UNet(
-        width=8,
-        multipliers=(1, 1.5),
-        blocks=1,
-        attention=(1,),
-        head_width=None,
-        heads=2,
+    "unet": unet.UNet(
+        model_channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        head_dim=4,
         groups=4,
         dropout=0.0,
-        classes=CLASSES,
-        scale_shift=True,
-        resample_blocks=True,
-        encoding=layers.Fourier(4),
+        num_classes=CLASSES,
+    ),
+    "adm": unet.UNet(
+        model_channels=8,
+        channel_mult=(1, 1.5),
+        num_res_blocks=1,
+        attention_resolutions=(1,),
+        head_dim=None,
+        num_heads=2,
+        groups=4,
+        dropout=0.0,
+        num_classes=CLASSES,
+        scale_shift_norm=True,
+        resblock_updown=True,
+        time_embedding=layers.Fourier(4),
     ),
 }
 PATCHED, HALVED = ("dit", "modern"), ("unet", "adm")
 IMAGES = PATCHED + HALVED
 ONE_OF_EACH = ("dit", "modern", "adm")
-WITHOUT_CLASSES = {name: model.clone(classes=None, **({"class_tokens": 0} if name == "modern" else {})) for name, model in NETWORKS.items()}
+WITHOUT_CLASSES = {
+    name: model.clone(num_classes=None, **({"class_tokens": 0} if name == "modern" else {})) for name, model in NETWORKS.items()
+}
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -126,7 +137,7 @@ def test_mlp_takes_points_of_any_shape(shape):
 
 
 def test_mlp_by_hand():
-    model = mlp.MLP(width=4, depth=2, activation=jnp.tanh)
+    model = mlp.MLP(hidden_size=4, depth=2, activation=jnp.tanh)
     x, t = np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), np.array([0.1, 0.9], np.float32)
     params = random_parameters(model, x, t)
     h = np.concatenate([t[:, None], x], axis=1)
@@ -256,7 +267,7 @@ def test_kernels_are_drawn_as_matrices():
 
 def test_a_null_label_that_is_none():
     """Labels that are known are looked at in a sampler's loop too."""
-    model = mlp.MLP(width=4, depth=1, classes=CLASSES)
+    model = mlp.MLP(hidden_size=4, depth=1, num_classes=CLASSES)
     params = random_parameters(model, jnp.zeros((3, 2)), 0.5, jnp.zeros(3, int))
     guided = guidance.classifier_free(lambda x, t, y: model.apply(params, x, t, y), jnp.arange(3), CLASSES + 1, 3.0)
     with pytest.raises(ValueError, match=f"label {CLASSES + 1} is out of range: .* {CLASSES} means no class"):
@@ -318,15 +329,15 @@ def test_networks_of_images_take_images(name, shape):
 
 @pytest.mark.parametrize(("width", "heads"), [(10, 2), (12, 5), (6, 3)])
 def test_dit_widths(width, heads):
-    with pytest.raises(ValueError, match=f"width {width} must be a multiple"):
-        shapes(NETWORKS["dit"].clone(width=width, heads=heads), X, T, Y)
+    with pytest.raises(ValueError, match=f"hidden_size {width} must be a multiple"):
+        shapes(NETWORKS["dit"].clone(hidden_size=width, num_heads=heads), X, T, Y)
 
 
 def with_scan(name, remat):
     """The same network with its layers scanned where it can, and how its parameters come from the other's."""
     if name in HALVED:
         return NETWORKS[name].clone(remat=remat), lambda params: params
-    return NETWORKS[name].clone(remat=remat, scan=True), functools.partial(dit.stack, start=NETWORKS[name].tokens_start)
+    return NETWORKS[name].clone(remat=remat, scan=True), functools.partial(dit.stack, start=NETWORKS[name].context_start)
 
 
 @pytest.mark.parametrize(("name", "remat"), [("dit", False), *((name, True) for name in ONE_OF_EACH)])
@@ -355,7 +366,7 @@ def test_a_loop_keeps_less_than_the_blocks_one_by_one():
     x, t, y = train_step.arguments((4, 16, 16, 4))
 
     def temporary(**fields):
-        model = dit.DiT(patch=2, width=64, depth=4, heads=2, classes=4, **fields)
+        model = dit.DiT(patch_size=2, hidden_size=64, depth=4, num_heads=2, num_classes=4, **fields)
         gradient = jax.jit(jax.grad(lambda params, *given: (model.apply(params, *given) ** 2).sum()))
         return train_step.memory(gradient.lower(shapes(model, x, t, y), x, t, y).compile()).temp_size_in_bytes
 
@@ -378,7 +389,7 @@ def test_half_precision(applied, name):
 
 @pytest.mark.parametrize("name", ["dit", "adm"])
 def test_dropout_needs_its_key_and_is_off_by_default(name):
-    model = WITHOUT_CLASSES[name].clone(dropout=0.5, remat=True, **({"depth": 1} if name == "dit" else {"multipliers": (1,)}))
+    model = WITHOUT_CLASSES[name].clone(dropout=0.5, remat=True, **({"depth": 1} if name == "dit" else {"channel_mult": (1,)}))
     params = random_parameters(model, X, T)
     draw = jax.jit(lambda params, key: model.apply(params, X, T, None, False, rngs={"dropout": key}))
     one, again, other = draw(params, KEY), draw(params, KEY), draw(params, jax.random.split(KEY)[0])
@@ -400,7 +411,7 @@ def test_learn_sigma_doubles_the_channels(name):
 
 def count(model, shape):
     """Parameters, without taking memory."""
-    labels = () if model.classes is None else (jnp.zeros(1, jnp.int32),)
+    labels = () if model.num_classes is None else (jnp.zeros(1, jnp.int32),)
     variables = shapes(model, jax.ShapeDtypeStruct((1, *shape), jnp.float32), 0.5, *labels)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
 
@@ -412,8 +423,8 @@ def paper_parameters(classes, channels, out_channels, patch, width, depth):
         return inputs * outputs + outputs
 
     attention = dense(width, 3 * width) + dense(width, width)
-    perceptron = dense(width, 4 * width) + dense(4 * width, width)
-    block = attention + perceptron + dense(width, 6 * width)
+    mlp = dense(width, 4 * width) + dense(4 * width, width)
+    block = attention + mlp + dense(width, 6 * width)
     embeddings = dense(patch**2 * channels, width) + dense(256, width) + dense(width, width) + (classes + 1) * width
     return embeddings + depth * block + dense(width, 2 * width) + dense(width, patch**2 * out_channels)
 
@@ -424,7 +435,7 @@ def paper_parameters(classes, channels, out_channels, patch, width, depth):
 )
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_published_sizes_of_transformers(size, width, depth, millions, patch):
-    model = getattr(dit, size)(patch=patch, classes=1000, learn_sigma=True, scan=True)
+    model = getattr(dit, f"DiT_{size}")(patch_size=patch, num_classes=1000, learn_sigma=True, scan=True)
     parameters = count(model, (32, 32, 4))
     assert parameters == paper_parameters(1000, 4, 8, patch, width, depth)
     if patch == 2:
@@ -436,14 +447,14 @@ def test_published_sizes_of_transformers(size, width, depth, millions, patch):
     ("make", "millions"),
     [
         # "Back to Basics", Table 9: parameters of JiT-B/16 and L/16 at 256 x 256.
-        (functools.partial(dit.B, tokens_start=4), 131),
-        (functools.partial(dit.L, tokens_start=8), 459),
+        (functools.partial(dit.DiT_B, context_start=4), 131),
+        (functools.partial(dit.DiT_L, context_start=8), 459),
     ],
     ids=["B/16", "L/16"],
 )
 def test_published_sizes_in_pixel_space(make, millions):
-    modern = dict(norm=layers.RMSNorm, qk_norm=layers.RMSNorm, perceptron=dit.SwiGLU, rotary=True, bottleneck=128, class_tokens=32)
-    assert round(count(make(patch=16, classes=1000, scan=True, **modern), (256, 256, 3)) / 1e6) == millions
+    modern = dict(norm=layers.RMSNorm, qk_norm=layers.RMSNorm, mlp_layer=dit.SwiGLU, rotary=True, bottleneck=128, class_tokens=32)
+    assert round(count(make(patch_size=16, num_classes=1000, scan=True, **modern), (256, 256, 3)) / 1e6) == millions
 
 
 def test_published_size_of_the_unet_for_cifar10():
@@ -454,22 +465,22 @@ def test_published_size_of_the_unet_for_cifar10():
 @pytest.mark.parametrize(
     ("fields", "pixels", "millions"),
     [
-        (dict(width=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(2, 4, 8)), 64, 296),
-        (dict(width=256, multipliers=(1, 1, 2, 3, 4), attention=(4, 8, 16), head_width=None, heads=4), 128, 422),
-        (dict(width=256, multipliers=(1, 1, 2, 2, 4, 4), attention=(8, 16, 32)), 256, 554),
-        (dict(width=256, multipliers=(0.5, 1, 1, 2, 2, 4, 4), attention=(16, 32, 64)), 512, 559),
+        (dict(model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3, attention_resolutions=(2, 4, 8)), 64, 296),
+        (dict(model_channels=256, channel_mult=(1, 1, 2, 3, 4), attention_resolutions=(4, 8, 16), head_dim=None, num_heads=4), 128, 422),
+        (dict(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(8, 16, 32)), 256, 554),
+        (dict(model_channels=256, channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention_resolutions=(16, 32, 64)), 512, 559),
     ],
     ids=["64", "128", "256", "512"],
 )
 def test_published_sizes_of_adm(fields, pixels, millions):
     # Dhariwal and Nichol 2021, Tables 11 and 12, in millions.
-    model = unet.UNet(classes=1000, scale_shift=True, resample_blocks=True, learn_sigma=True, **fields)
+    model = unet.UNet(num_classes=1000, scale_shift_norm=True, resblock_updown=True, learn_sigma=True, **fields)
     assert round(count(model, (pixels, pixels, 3)) / 1e6) == millions
 
 
 def test_lab():
-    """The course's third lab: 32, 64 and 128 channels, two residual blocks a level, no attention."""
-    variables = shapes(unet.LAB(classes=10), jnp.zeros((1, 28, 28, 1)), 0.5, jnp.zeros(1, jnp.int32))["params"]
+    """The course's third lab: 32, 64 and 128 channels, two residual blocks per level, no attention."""
+    variables = shapes(unet.LabUNet(num_classes=10), jnp.zeros((1, 28, 28, 1)), 0.5, jnp.zeros(1, jnp.int32))["params"]
     assert [variables[f"down_{level}_1"]["conv_out"]["kernel"].shape[-1] for level in range(3)] == [32, 64, 128]
     assert not any("attention" in name for name in variables)
     assert "down_0_2" not in variables
@@ -539,10 +550,10 @@ def test_times_look_different():
         assert (encoded @ encoded.T)[~np.eye(11, dtype=bool)].max() < 0.999
 
 
-@pytest.mark.parametrize("encoding", [layers.Sinusoids, layers.Fourier, layers.LearnableFourier])
-def test_encodings_have_even_widths(encoding):
-    with pytest.raises(ValueError, match="width 7, but cosines and sines need an even one"):
-        encoding(7).init(KEY, jnp.zeros(2))
+@pytest.mark.parametrize("make", [layers.Sinusoids, layers.Fourier, layers.LearnableFourier])
+def test_time_embeddings_have_even_widths(make):
+    with pytest.raises(ValueError, match="7 features, but cosines and sines need an even one"):
+        make(7).init(KEY, jnp.zeros(2))
 
 
 def test_time_embedding():
@@ -635,9 +646,9 @@ def test_rotary_angles():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(width=12, heads=2, rotary=True), "heads of a multiple of 4 features, but 12 / 2"),
+        (dict(hidden_size=12, num_heads=2, rotary=True), "heads of a multiple of 4 features, but 12 / 2"),
         (dict(class_tokens=2), "class_tokens is 2, but the network has no classes"),
-        (dict(register_tokens=2, tokens_start=2), "tokens_start is 2, but the blocks are numbered 0 to 1"),
+        (dict(register_tokens=2, context_start=2), "context_start is 2, but the blocks are numbered 0 to 1"),
     ],
 )
 def test_transformers_that_cannot_be(fields, message):
@@ -650,11 +661,11 @@ def test_transformers_that_cannot_be(fields, message):
     [
         (dict(groups=3), "8 channels, which is no multiple of the 3 groups"),
         (dict(groups=8), "8 channels in 8 groups are normalised one by one.*fewer groups, or scale_shift"),
-        (dict(attention=(4,)), r"attention is \(4,\), but images are smaller by 1, 2 at the levels"),
-        (dict(head_width=3), "16 channels cannot have heads of 3 channels"),
-        (dict(head_width=None, heads=5), "16 channels cannot have 5 heads"),
-        (dict(head_width=None), "heads is None and head_width is None"),
-        (dict(heads=2), "heads is 2 and head_width is 4"),
+        (dict(attention_resolutions=(4,)), r"attention_resolutions is \(4,\), but images are smaller by 1, 2 at the levels"),
+        (dict(head_dim=3), "16 channels cannot have heads of 3 channels"),
+        (dict(head_dim=None, num_heads=5), "16 channels cannot have 5 heads"),
+        (dict(head_dim=None), "num_heads is None and head_dim is None"),
+        (dict(num_heads=2), "num_heads is 2 and head_dim is 4"),
     ],
 )
 def test_unets_that_cannot_be(fields, message):

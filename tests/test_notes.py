@@ -235,7 +235,7 @@ def test_conditional_sde_keeps_the_conditional_path(path, x64):
             velocity, score = (
                 lambda x, t, given_z=given_z: given_z(path, x, z, t) for given_z in (paths.conditional_velocity, paths.conditional_score)
             )
-            drift = sampling.extend(velocity, score, sigma)
+            drift = sampling.sde_extension(velocity, score, sigma)
             at_mean, slope = jax.jvp(lambda x, drift=drift: drift(x, t), (alpha[:, None] * z,), (jnp.ones_like(z),))
             square = (sigma(t) if callable(sigma) else sigma) ** 2
             rows.append((at_mean[:, 0], d_alpha * z[:, 0], 2 * slope[:, 0] * beta**2 + square, 2 * beta * d_beta))

@@ -48,12 +48,12 @@ def test_what_was_measured_converges():
 @pytest.mark.parametrize(
     ("path", "fine", "most", "steps"),
     [
-        ("flat ends", 4000, 4e-6, ("heun", "solvers.heun", "adams_bashforth 4", "dpm_solver_pp 3", "unipc 3", "deis 3")),
+        ("flat ends", 4000, 4e-6, ("heun", "sampling.path_heun", "adams_bashforth 4", "dpm_solver_pp 3", "unipc 3", "deis 3")),
         ("polynomial 3", 1000, 3e-5, ("dpm_solver_pp 2", "unipc 2")),
     ],
 )
 def test_flows_fall_to_rounding(path, fine, most, steps, monkeypatch):
-    """In float32 and many steps, some so close in the path's clock that their numbers are one."""
+    """In float32 and many steps, some so close in the path's time that their numbers are one."""
     monkeypatch.setattr(orders, "FLOWS", {name: orders.FLOWS[name] for name in steps})
     for row in orders.flow(orders.Config(fine=(fine,), points=64, paths=(path,))):
         assert max(row["errors"]) < most, row

@@ -16,8 +16,8 @@ from fmjax import losses, parallel, paths, sampling, times, training
 from fmjax.models import dit, mlp
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
-MODEL = mlp.MLP(width=64, depth=2, classes=4)
-WIDE = dit.DiT(patch=4, width=128, depth=1, heads=2, classes=4)
+MODEL = mlp.MLP(hidden_size=64, depth=2, num_classes=4)
+WIDE = dit.DiT(patch_size=4, hidden_size=128, depth=1, num_heads=2, num_classes=4)
 OPTIMIZER = optax.adam(1e-3)
 KEY = jax.random.key(3)
 SIZE = 16
@@ -93,7 +93,7 @@ def alone():
     return train(step_of(functools.partial(loss_fn, MODEL)), alone_at())
 
 
-sharded_small = functools.partial(parallel.fully_sharded, smallest=64)
+sharded_small = functools.partial(parallel.fully_sharded, min_size=64)
 
 
 @pytest.mark.parametrize("rule", [parallel.replicated, sharded_small], ids=["replicated", "fully sharded"])
@@ -102,7 +102,7 @@ def test_a_mesh_trains_as_one_device(alone, rule, count):
     mesh = parallel.mesh(count)
     state = parallel.create(make(), mesh, rule)
     step = step_of(functools.partial(loss_fn, MODEL))
-    together = train(parallel.by_examples(step, mesh) if rule is sharded_small else step, state, mesh)
+    together = train(parallel.constrain_activations(step, mesh) if rule is sharded_small else step, state, mesh)
     assert_close(together.params, alone.params)
     assert_close(together.ema, alone.ema)
     # Arrays stay where they were put.
@@ -113,7 +113,7 @@ def test_pmap_trains_as_one_device_that_takes_the_parts_in_turn():
     mesh = parallel.mesh()
     loss = functools.partial(loss_fn, MODEL)
     mapped = parallel.pmap(step_of(loss, axis_name=parallel.AXIS), mesh)
-    together = train(mapped, parallel.place(alone_at(), mesh), mesh)
+    together = train(mapped, parallel.shard(alone_at(), mesh), mesh)
     # Part i of accumulation is every eighth example from the i-th on, device i's a row of two.
     order = np.arange(SIZE).reshape(8, -1).T.ravel()
     in_turn = train(step_of(loss, accumulate=8), alone_at(), order=order)
@@ -123,7 +123,7 @@ def test_pmap_trains_as_one_device_that_takes_the_parts_in_turn():
 def test_pmap_trains_as_one_device_when_it_draws_nothing():
     mesh = parallel.mesh()
     mapped = parallel.pmap(step_of(given_noise, axis_name=parallel.AXIS), mesh)
-    together = train(mapped, parallel.place(alone_at(), mesh), mesh, drawn=True)
+    together = train(mapped, parallel.shard(alone_at(), mesh), mesh, drawn=True)
     one = train(step_of(given_noise), alone_at(), drawn=True)
     assert_close(together.params, one.params)
 
@@ -153,7 +153,7 @@ def compiled_step(count, rule, model, size=SIZE, divided=False):
     sharding = parallel.batch_sharding(mesh)
     data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding), batch(0))
     step = training.make_step(functools.partial(loss_fn, model), OPTIMIZER)
-    step = parallel.by_examples(step, mesh) if divided else step
+    step = parallel.constrain_activations(step, mesh) if divided else step
     stay = jax.tree.map(lambda x: x.sharding, shapes)
     return jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(shapes, KEY, data).compile(), state
 
@@ -189,7 +189,7 @@ def test_by_examples_moves_weights_and_gradients_rather_than_activations(divided
     compiled, _ = compiled_step(8, sharded_small, WIDE, size, divided)
     kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
     moved = [shape for kind in kinds for _, shape in collective_shapes(compiled, kind)]
-    # One number an example, such as its time, may move.
+    # One number per example, such as its time, may move.
     activations = [shape for shape in moved if {size, size * tokens} & set(shape) and math.prod(shape) > size]
     assert bool(activations) != divided, activations
     if divided:
@@ -202,10 +202,10 @@ def test_by_examples_moves_weights_and_gradients_rather_than_activations(divided
 
 def test_fully_sharded_memory_falls_with_the_number_of_devices():
     """The state, and with it what a step needs besides: activations, and one layer's weights at a time."""
-    deep = dit.DiT(patch=4, width=128, depth=8, heads=2, classes=4, scan=True, remat=True)
+    deep = dit.DiT(patch_size=4, hidden_size=128, depth=8, num_heads=2, num_classes=4, scan=True, remat=True)
     held, whole = {}, {}
     for count in (1, 2, 4, 8):
-        counted = compiled_step(count, functools.partial(parallel.fully_sharded, smallest=512), deep, 512, count > 1)[0].memory_analysis()
+        counted = compiled_step(count, functools.partial(parallel.fully_sharded, min_size=512), deep, 512, count > 1)[0].memory_analysis()
         held[count] = counted.argument_size_in_bytes
         whole[count] = held[count] + counted.output_size_in_bytes - counted.alias_size_in_bytes + counted.temp_size_in_bytes
     print(f"bytes of a device: state and batch {held}, with temporaries {whole}")
@@ -231,7 +231,7 @@ def test_samples_do_not_depend_on_the_number_of_devices(sde):
     for count in (2, 8):
         mesh = parallel.mesh(count)
         spread = jax.device_put((x_0, y), parallel.batch_sharding(mesh, SIZE))
-        together = sample(parallel.place(params, mesh), KEY, *spread)
+        together = sample(parallel.shard(params, mesh), KEY, *spread)
         assert {shard.data.shape for shard in together.addressable_shards} == {(SIZE // count, 8, 8, 1)}
         np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
 
@@ -245,7 +245,7 @@ def test_what_is_sharded():
         "small": jax.ShapeDtypeStruct((8,), jnp.float32),
         "scalar": jax.ShapeDtypeStruct((), jnp.int32),
     }
-    found = {name: sharding.spec for name, sharding in parallel.fully_sharded(shapes, mesh, smallest=16).items()}
+    found = {name: sharding.spec for name, sharding in parallel.fully_sharded(shapes, mesh, min_size=16).items()}
     everywhere = PartitionSpec()
     assert found == {
         "longest": PartitionSpec(None, "data", None),
@@ -258,7 +258,7 @@ def test_what_is_sharded():
 
 def test_create_makes_what_place_would_put_there():
     mesh = parallel.mesh(4)
-    made, put = parallel.create(make(), mesh, sharded_small), parallel.place(alone_at(), mesh, sharded_small)
+    made, put = parallel.create(make(), mesh, sharded_small), parallel.shard(alone_at(), mesh, sharded_small)
     chex.assert_trees_all_close(made, put, rtol=1e-6, atol=1e-7)
     assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, made, put))
 
@@ -320,7 +320,7 @@ def test_modules_are_held_divided_by_examples():
     mesh = parallel.mesh()
     state = jax.eval_shape(make(WIDE))
     step = training.make_step(functools.partial(loss_fn, WIDE), OPTIMIZER)
-    lowered = [jax.jit(each).lower(state, KEY, batch(0)).as_text() for each in (step, parallel.by_examples(step, mesh))]
+    lowered = [jax.jit(each).lower(state, KEY, batch(0)).as_text() for each in (step, parallel.constrain_activations(step, mesh))]
     plain, held = (len(re.findall(r"sdy\.sharding_constraint", text)) for text in lowered)
     # One is the random numbers' own.
     assert plain <= 1
@@ -334,7 +334,7 @@ def test_many_samples_do_not_depend_on_chunks_or_devices(key, capsys):
     def draw(keys, index):
         traces.append(1)
         x_0 = sampling.noise(keys, (keys.shape[0], 2))
-        return {"x": sampling.sample_sde(lambda x, t: -x, 0.5, keys, x_0, times.grid(3))[0], "index": index}
+        return {"x": sampling.sample_sde(lambda x, t: -x, 0.5, keys, x_0, times.uniform_grid(3))[0], "index": index}
 
     by_four = parallel.sample(draw, key, 10, chunk=4, progress=False)
     assert len(traces) == 1

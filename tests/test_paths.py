@@ -184,7 +184,7 @@ x = jnp.zeros((4, 3))
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((x, x, jnp.zeros(3)), ValueError, r"t has shape \(3,\).*one time an example, \(4,\)"),
+        ((x, x, jnp.zeros(3)), ValueError, r"t has shape \(3,\).*one time per example, \(4,\)"),
         ((x, x, jnp.zeros((4, 1))), ValueError, r"t has shape \(4, 1\)"),
         ((x, x, jnp.arange(4)), TypeError, "t has dtype int32.*not step numbers"),
         ((x, x, 1j), TypeError, "t has dtype complex"),
@@ -210,22 +210,22 @@ def test_bad_state_is_named(function):
 
 
 @each_path
-def test_time_at_inverts_the_clock(path, key, x64):
+def test_time_from_signal_fraction_inverts_it(path, key, x64):
     t = jnp.concatenate([jax.random.uniform(key, (50,), minval=1e-4, maxval=1 - 1e-4), jnp.array([1.0])])
     signal = path.alpha(t) / (path.alpha(t) + path.beta(t))
-    found = paths.time_at(path, signal)
+    found = paths.time_from_signal_fraction(path, signal)
     np.testing.assert_allclose(path.alpha(found) / (path.alpha(found) + path.beta(found)), signal, atol=1e-12)
     np.testing.assert_allclose(found, t, atol=1e-9)
     # Its derivatives are the inverse's.
-    clock, inverse = lambda t: path.alpha(t) / (path.alpha(t) + path.beta(t)), lambda s: paths.time_at(path, s)
-    slope, bend = (jax.vmap(derivative)(t[:-1]) for derivative in (jax.grad(clock), jax.grad(jax.grad(clock))))
+    fraction, inverse = lambda t: path.alpha(t) / (path.alpha(t) + path.beta(t)), lambda s: paths.time_from_signal_fraction(path, s)
+    slope, bend = (jax.vmap(derivative)(t[:-1]) for derivative in (jax.grad(fraction), jax.grad(jax.grad(fraction))))
     np.testing.assert_allclose(jax.vmap(jax.grad(inverse))(signal[:-1]), 1 / slope, rtol=1e-6)
     np.testing.assert_allclose(jax.vmap(jax.grad(jax.grad(inverse)))(signal[:-1]), -bend / slope**3, rtol=1e-6, atol=1e-9)
 
 
 @each_path
 def test_time_at_keeps_to_the_path_and_to_single_precision(path):
-    assert paths.time_at(path, 1.0) == 1
-    assert 0 <= paths.time_at(path, 0.0) < 1e-3
+    assert paths.time_from_signal_fraction(path, 1.0) == 1
+    assert 0 <= paths.time_from_signal_fraction(path, 0.0) < 1e-3
     t = jnp.linspace(0.05, 0.95, 31)
-    np.testing.assert_allclose(paths.time_at(path, path.alpha(t) / (path.alpha(t) + path.beta(t))), t, atol=3e-5)
+    np.testing.assert_allclose(paths.time_from_signal_fraction(path, path.alpha(t) / (path.alpha(t) + path.beta(t))), t, atol=3e-5)

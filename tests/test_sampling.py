@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fmjax import diffusion, marginals, paths, sampling, solvers, targets, times
+from fmjax import marginals, paths, sampling, targets, times
 
 
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
@@ -52,7 +52,7 @@ def test_drifts_from_velocity_score_and_both_agree(key, x64):
     path, data, sigma = paths.Cosine(), mixture(), lambda t: 1 + t
     x, t = jax.random.normal(key, (9, 2)), jnp.linspace(0.1, 0.9, 9)
     u, s = marginals.velocity(path, data), marginals.score(path, data)
-    both = sampling.extend(u, s, sigma)(x, t)
+    both = sampling.sde_extension(u, s, sigma)(x, t)
     np.testing.assert_allclose(both, u(x, t) + (1 + t[:, None]) ** 2 / 2 * s(x, t), rtol=1e-12)
     np.testing.assert_allclose(sampling.sde_drift(path, u, sigma)(x, t), both, rtol=1e-9, atol=1e-9)
     from_score = targets.convert_field(path, s, source=targets.score, target=targets.velocity)
@@ -215,7 +215,7 @@ def test_the_last_step_of_a_flow_may_be_another(key):
     with pytest.raises(ValueError, match=r"The velocity of VariancePreserving.* is infinite at t = 1: .*last=sampling.euler"):
         sampling.sample_ode(field, x_0, grid)
     save = lambda x, t: (x, t)
-    x_1, (states, ts) = sampling.sample_ode(field, x_0, grid, last=sampling.euler, save=save, every=2)
+    x_1, (states, ts) = sampling.sample_ode(field, x_0, grid, last=sampling.euler, save=save, save_every=2)
     wide = x_0.astype(jnp.float32)
     before = sampling.sample_ode(field, wide, grid[:-1])[0]
     np.testing.assert_allclose(states[2], before, rtol=1e-5)
@@ -288,7 +288,7 @@ def test_steps_of_another_kind_and_makers_that_were_not_called_are_named(key):
     sde = lambda step: sampling.sample_sde(same, 1.0, key, x, grid, step=step)
     diffusion = lambda step: sampling.sample_diffusion(path, same, 1.0, key, x, grid, step=step)
     for follow, step, message in (
-        (flow, solvers.unipc, r"step is unipc\(path, order.*a function that makes a step is called first"),
+        (flow, sampling.unipc, r"step is unipc\(path, order.*a function that makes a step is called first"),
         (flow, "heun", r"step is 'heun', but it is a function \(field, x, t, dt\) -> x, such as sampling.heun"),
         (flow, sampling.euler_maruyama, r"step is euler_maruyama\(drift.*steps with noise are for sample_diffusion and sample_sde"),
         (sde, sampling.heun, r"step is heun\(field, x, t, dt\)"),
@@ -319,13 +319,13 @@ def test_a_sigma_that_is_none_is_named(key):
 
 def test_a_drift_that_multiplies_errors_is_warned_of(key):
     """On a path that comes to rest at data, where a learnt velocity's samples are lost (results/orders.json); its cures are silent."""
-    follow = lambda sigma, **more: sampling.sample_diffusion(FlatEnds(), same, sigma, key, x, times.grid(100, 0.01), **more)[0]
+    follow = lambda sigma, **more: sampling.sample_diffusion(FlatEnds(), same, sigma, key, x, times.uniform_grid(100, 0.01), **more)[0]
     with pytest.warns(UserWarning, match=r"At t = 0.9901 one step .* multiplies .* by 4\.2e\+02, since sigma is 1 .*sampling.ancestral"):
         follow(1.0, step=sampling.euler_maruyama)
     with pytest.warns(UserWarning, match="one step of the drift multiplies"):
         jax.jit(lambda: follow(1.0, step=sampling.predictor_corrector(sampling.euler_maruyama)))()
     follow(1.0)
-    follow(diffusion.by_noise(FlatEnds()), step=sampling.euler_maruyama)
+    follow(sampling.sigma_beta(FlatEnds()), step=sampling.euler_maruyama)
 
 
 def test_a_field_of_a_time_per_example_is_told_the_cure():
@@ -352,30 +352,30 @@ def test_default_calls_are_finite_or_say_why(path, source, compiled, key):
     field = targets.convert_field(path, exact, source=source, target=targets.velocity)
     follow = lambda x_0, times, **how: sampling.sample_ode(field, x_0, times, **how)[0]
     x_0 = sampling.noise(key, (8, 2))
-    whole = times.grid(20)
+    whole = times.uniform_grid(20)
     run = (lambda **how: jax.jit(lambda x_0: follow(x_0, whole, **how))(x_0)) if compiled else (lambda **how: follow(x_0, whole, **how))
     with pytest.raises(ValueError, match=r"at t = [01]\b.*(let the grid|evaluate nothing)"):
         run()
     if compiled:
         return
-    inner = times.grid(20, start=1e-3, end=0.999)
+    inner = times.uniform_grid(20, start=1e-3, end=0.999)
     assert jnp.isfinite(follow(x_0, inner)).all()
-    assert jnp.isfinite(follow(x_0, times.grid(20, start=1e-3), last=sampling.euler)).all()
+    assert jnp.isfinite(follow(x_0, times.uniform_grid(20, start=1e-3), last=sampling.euler)).all()
 
 
 def test_sde_steps_that_would_meet_what_is_infinite_say_so(key):
     path = paths.Linear()
     velocity = marginals.velocity(path, mixture())
-    follow = lambda sigma, **how: sampling.sample_diffusion(path, velocity, sigma, key, jnp.zeros((3, 2)), times.grid(9), **how)[0]
+    follow = lambda sigma, **how: sampling.sample_diffusion(path, velocity, sigma, key, jnp.zeros((3, 2)), times.uniform_grid(9), **how)[0]
     with pytest.raises(ValueError, match=r"the score does not follow from the velocity at t = 1"):
         follow(1.0, step=sampling.stochastic_heun)
     with pytest.raises(ValueError, match=r"sigma is inf at t = 0.*take a step that knows the path, such as sampling.ancestral"):
-        follow(diffusion.natural(path), step=sampling.euler_maruyama)
-    assert jnp.isfinite(follow(1.0, step=sampling.stochastic_heun, last=sampling.mean)).all()
-    assert jnp.isfinite(follow(diffusion.natural(path))).all()
+        follow(sampling.sigma_sbdm(path), step=sampling.euler_maruyama)
+    assert jnp.isfinite(follow(1.0, step=sampling.stochastic_heun, last=sampling.euler_maruyama_noiseless)).all()
+    assert jnp.isfinite(follow(sampling.sigma_sbdm(path))).all()
     points = marginals.velocity(path, marginals.Empirical(jnp.ones((2, 2))))
     with pytest.raises(ValueError, match=r"The velocity of Linear.* to these data is infinite at t = 1"):
-        sampling.sample_ode(points, jnp.zeros((3, 2)), times.grid(9))
+        sampling.sample_ode(points, jnp.zeros((3, 2)), times.uniform_grid(9))
 
 
 def test_states_are_batches(key):

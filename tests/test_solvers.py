@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from battery import BOUNDED, NOISY_STEPS, PATH_ORDERS, PATHS, SIGMAS, errors_and_orders, mixture, name
 
-from fmjax import diffusion, marginals, paths, sampling, solvers, targets, times
-from fmjax.sampling import clock, scan
+from fmjax import marginals, paths, sampling, targets, times
+from fmjax.sampling import reparametrisation, steps
 
 
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
@@ -24,18 +24,18 @@ def test_orders(path, x64):
 def test_orders_on_equal_steps(x64):
     """Kept to the last step, where the expected data come to rest; polynomials in c lose there."""
     path = paths.Linear()
-    makers = [(solvers.dpm_solver_pp, 2), (solvers.dpm_solver_pp, 3), (solvers.deis, 2)]
+    makers = [(sampling.dpm_solver_pp, 2), (sampling.dpm_solver_pp, 3), (sampling.deis, 2)]
     steps = [make(path, values) for make, values in makers]
-    in_c = [make(path, values, clock=clock.identity) for make, values in makers]
-    errors, orders = errors_and_orders(path, times.grid, [*steps, *in_c])
+    in_c = [make(path, values, variable=reparametrisation.linear_time) for make, values in makers]
+    errors, orders = errors_and_orders(path, times.uniform_grid, [*steps, *in_c])
     assert list(orders[:3]) == pytest.approx([2, 3, 2], abs=0.15), errors
     assert (errors[:3, 1] < errors[3:, 1] / 1.5).all(), errors
 
 
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine()], ids=name)
 def test_order_of_edm_heun(path, x64):
-    grid = lambda n: times.karras(path, n, smallest=0.02, largest=20.0)[:-1]
-    errors, orders = errors_and_orders(path, grid, [solvers.edm_heun(path)])
+    grid = lambda n: times.karras(path, n, sigma_min=0.02, sigma_max=20.0)[:-1]
+    errors, orders = errors_and_orders(path, grid, [sampling.edm_heun(path)])
     assert list(orders) == pytest.approx([2], abs=0.15), errors
 
 
@@ -52,8 +52,8 @@ def counted(calls):
     ("step", "expected"),
     [
         *[(PATH_ORDERS[solver][0](paths.Linear()), 8) for solver in PATH_ORDERS if solver != "adams_bashforth 4"],
-        (solvers.adams_bashforth(4), 12),
-        (solvers.edm_heun(paths.Linear()), 15),
+        (sampling.adams_bashforth(4), 12),
+        (sampling.edm_heun(paths.Linear()), 15),
     ],
     ids=[*[solver for solver in PATH_ORDERS if solver != "adams_bashforth 4"], "adams_bashforth 4", "edm_heun"],
 )
@@ -69,27 +69,27 @@ def test_evaluations(step, expected):
 @pytest.mark.parametrize(
     ("make", "held"),
     [
-        (lambda path, order: solvers.adams_bashforth(order), "slope"),
-        (solvers.dpm_solver_pp, "data"),
-        (solvers.unipc, "data"),
-        (solvers.deis, "noise"),
-        (functools.partial(solvers.dpm_solver_pp, clock=solvers.log_ratio), "data, log_ratio"),
+        (lambda path, order: sampling.adams_bashforth(order), "slope"),
+        (sampling.dpm_solver_pp, "data"),
+        (sampling.unipc, "data"),
+        (sampling.deis, "noise"),
+        (functools.partial(sampling.dpm_solver_pp, variable=sampling.log_snr), "data, log_ratio"),
     ],
     ids=["adams_bashforth", "dpm_solver_pp", "unipc", "deis", "dpm_solver_pp log_ratio"],
 )
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_polynomials_are_integrated_exactly(make, held, order, x64):
-    """Where what a method holds is a polynomial of lower degree in its clock, the only error is that of the first steps."""
+    """Where what a method holds is a polynomial of lower degree in its variable, the only error is that of the first steps."""
     path = paths.Linear()
-    clocks = {
+    variables = {
         "slope": lambda t: t,
         "data": lambda t: (1 - t) ** 2,
         "noise": lambda t: t**2,
         "data, log_ratio": lambda t: jnp.log(t / (1 - t)),
     }
-    clock = clocks[held]
-    first = clock(jnp.asarray(0.1))
-    value = lambda t: 1.5 + 0.7 * (clock(t) - first) ** (order - 1) if order > 1 else 1.5 + 0 * t
+    variable = variables[held]
+    first = variable(jnp.asarray(0.1))
+    value = lambda t: 1.5 + 0.7 * (variable(t) - first) ** (order - 1) if order > 1 else 1.5 + 0 * t
 
     def field(x, t):
         if held == "slope":
@@ -116,10 +116,10 @@ def test_without_memory_they_are_ddim(path, key, x64):
 
     @jax.jit
     def found():
-        ours = [sampling.sample_ode(field, x_0, grid, step=make(path, 1))[0] for make in (solvers.dpm_solver_pp, solvers.deis)]
-        for step in (sampling.ancestral, sampling.churn(solvers.ddim)):
+        ours = [sampling.sample_ode(field, x_0, grid, step=make(path, 1))[0] for make in (sampling.dpm_solver_pp, sampling.deis)]
+        for step in (sampling.ancestral, sampling.churn(sampling.ddim)):
             ours.append(sampling.sample_diffusion(path, field, 0.0, key, x_0, grid, step=step)[0])
-        expected, euler = (sampling.sample_ode(field, x_0, grid, step=step)[0] for step in (solvers.ddim(path), sampling.euler))
+        expected, euler = (sampling.sample_ode(field, x_0, grid, step=step)[0] for step in (sampling.ddim(path), sampling.euler))
         return expected, euler, ours
 
     expected, euler, ours = found()
@@ -136,7 +136,7 @@ def test_ddim_is_its_formula(path, key, x64):
     field = marginals.velocity(path, data)
     noise = targets.convert(path, field(x, t), x, t, source=targets.velocity, target=targets.noise)
     printed = path.alpha(s) / path.alpha(t) * x + (path.beta(s) - path.alpha(s) / path.alpha(t) * path.beta(t)) * noise
-    np.testing.assert_allclose(solvers.ddim(path)(field, x, t, s - t), printed, rtol=1e-9)
+    np.testing.assert_allclose(sampling.ddim(path)(field, x, t, s - t), printed, rtol=1e-9)
 
 
 def test_two_steps_of_dpm_solver_pp_against_the_paper(key, x64):
@@ -148,7 +148,9 @@ def test_two_steps_of_dpm_solver_pp_against_the_paper(key, x64):
     differences = []
     for h in (0.02, 0.01):
         grid = 0.4 + h * jnp.arange(4)
-        states = sampling.sample_ode(field, x, grid, step=solvers.dpm_solver_pp(path, 2, clock=solvers.log_ratio), save=lambda x, t: x)[1]
+        states = sampling.sample_ode(field, x, grid, step=sampling.dpm_solver_pp(path, 2, variable=sampling.log_snr), save=lambda x, t: x)[
+            1
+        ]
         t_0, t_1, t_2 = grid[1], grid[2], grid[3]
         h_0, h_1 = ratio(t_1) - ratio(t_0), ratio(t_2) - ratio(t_1)
         d_0, d_1 = data(states[1], t_0), data(states[2], t_1)
@@ -164,7 +166,7 @@ def test_ancestral_is_the_posterior_of_ddpm(key, x64):
     path, point = paths.VariancePreserving(), jnp.array([[0.7, -1.1]])
     t, s, x, n = 0.4, 0.45, jnp.array([[0.2, 0.9]]), 200_000
     field = lambda x, t: paths.conditional_velocity(path, x, jnp.broadcast_to(point, x.shape), t)
-    many, sigma = jnp.broadcast_to(x, (n, 2)), diffusion.natural(path)
+    many, sigma = jnp.broadcast_to(x, (n, 2)), sampling.sigma_sbdm(path)
     drawn = sampling.ancestral.step(path, field, sigma, key, many, jnp.asarray(t), jnp.asarray(s - t))
     # Their letters: a step from t to the less noisy s, abar the squared alphas.
     abar_t, abar_s = path.alpha(t) ** 2, path.alpha(s) ** 2
@@ -179,8 +181,8 @@ def test_ancestral_starts_at_noise_and_ends_at_data(key):
     """At alpha = 0 the natural sigma is infinite, at beta = 0 the score is; the step needs neither."""
     path = paths.Linear()
     field = marginals.velocity(path, mixture())
-    for sigma in (diffusion.natural(path), 1.0, 0.0):
-        x, _ = sampling.sample_diffusion(path, field, sigma, key, jnp.ones((3, 2)), times.grid(4))
+    for sigma in (sampling.sigma_sbdm(path), 1.0, 0.0):
+        x, _ = sampling.sample_diffusion(path, field, sigma, key, jnp.ones((3, 2)), times.uniform_grid(4))
         assert jnp.isfinite(x).all()
 
 
@@ -192,7 +194,7 @@ def test_marginals(solver, key):
     key_0, key_noise = jax.random.split(key)
     # Euler-Maruyama and the ancestral step err in proportion to their size, the others less.
     steps = 300 if step is sampling.euler_maruyama or solver == "ancestral" else 100
-    last = sampling.mean if step is sampling.stochastic_heun else None
+    last = sampling.euler_maruyama_noiseless if step is sampling.stochastic_heun else None
 
     # All sigmas are one program, which compiles the field's part of it once.
     @jax.jit
@@ -226,7 +228,7 @@ def test_weak_order_of_stochastic_heun(x64, monkeypatch):
         for t in np.arange(n) * dt:
             value = {}
             for draw in (0.0, 1.0):
-                monkeypatch.setattr(scan, "noise", lambda key, shape, dtype, draw=draw: jnp.full(shape, draw, dtype))
+                monkeypatch.setattr(steps, "noise", lambda key, shape, dtype, draw=draw: jnp.full(shape, draw, dtype))
                 value[draw] = step(lambda x, t: -rate * x, sigma, None, jnp.array([0.0, 1.0]), t, dt)
             kept, added = float(value[0.0][1] - value[0.0][0]), float(value[1.0][0] - value[0.0][0])
             mean, variance = kept * mean, kept**2 * variance + added**2
@@ -240,24 +242,26 @@ def test_weak_order_of_stochastic_heun(x64, monkeypatch):
 def test_choices_of_sigma(x64):
     """Each by its formula on the linear path, where the notes' b_t is (1 - t) / t."""
     path, t = paths.Linear(), jnp.linspace(0.05, 0.95, 7)
-    np.testing.assert_allclose(diffusion.natural(path, 0.5)(t) ** 2, (1 - t) / t, rtol=1e-10)
-    np.testing.assert_allclose(diffusion.by_noise(path, 3.0)(t), 3 * (1 - t), rtol=1e-12)
-    np.testing.assert_allclose(diffusion.by_variance(path, 3.0)(t) ** 2, 3 * (1 - t), rtol=1e-12)
-    np.testing.assert_allclose(diffusion.decreasing(2.0)(t) ** 2, 2 * (1 + jnp.cos(jnp.pi * t)) ** 2 / 4, rtol=1e-10)
-    np.testing.assert_allclose(diffusion.bump(2.0)(t) ** 2, 2 * jnp.sin(jnp.pi * t) ** 2, rtol=1e-10)
+    np.testing.assert_allclose(sampling.sigma_sbdm(path, 0.5)(t) ** 2, (1 - t) / t, rtol=1e-10)
+    np.testing.assert_allclose(sampling.sigma_beta(path, 3.0)(t), 3 * (1 - t), rtol=1e-12)
+    np.testing.assert_allclose(sampling.sigma_sqrt_beta(path, 3.0)(t) ** 2, 3 * (1 - t), rtol=1e-12)
+    np.testing.assert_allclose(sampling.sigma_decreasing(2.0)(t) ** 2, 2 * (1 + jnp.cos(jnp.pi * t)) ** 2 / 4, rtol=1e-10)
+    np.testing.assert_allclose(sampling.sigma_increasing_decreasing(2.0)(t) ** 2, 2 * jnp.sin(jnp.pi * t) ** 2, rtol=1e-10)
 
 
 def test_churn_without_noise_is_its_step(key, x64):
     path = paths.Cosine()
     field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (5, 2))
-    churned = sampling.sample_diffusion(path, field, 0.0, key, x_0, times.grid(9), step=sampling.churn(lambda path: sampling.heun))[0]
-    np.testing.assert_allclose(churned, sampling.sample_ode(field, x_0, times.grid(9))[0], rtol=1e-6)
+    churned = sampling.sample_diffusion(path, field, 0.0, key, x_0, times.uniform_grid(9), step=sampling.churn(lambda path: sampling.heun))[
+        0
+    ]
+    np.testing.assert_allclose(churned, sampling.sample_ode(field, x_0, times.uniform_grid(9))[0], rtol=1e-6)
 
 
 def test_last_steps(key, x64):
     path, data = paths.Linear(), mixture()
     velocity = marginals.velocity(path, data)
-    drift, x_0, grid = sampling.sde_drift(path, velocity, 1.0), jax.random.normal(key, (5, 2)), times.grid(10)
+    drift, x_0, grid = sampling.sde_drift(path, velocity, 1.0), jax.random.normal(key, (5, 2)), times.uniform_grid(10)
 
     def sample(last, times=grid):
         em = sampling.euler_maruyama
@@ -267,7 +271,7 @@ def test_last_steps(key, x64):
     plain = sampling.sample_sde(drift, 1.0, key, x_0, grid)[0]
     for last, expected in (
         (sampling.euler_maruyama, plain),
-        (sampling.mean, before + (grid[-1] - grid[-2]) * drift(before, grid[-2])),
+        (sampling.euler_maruyama_noiseless, before + (grid[-1] - grid[-2]) * drift(before, grid[-2])),
         (sampling.tweedie, before + (1 - grid[-2]) * velocity(before, grid[-2])),
     ):
         x_1, saved = sample(last)
@@ -276,14 +280,14 @@ def test_last_steps(key, x64):
         np.testing.assert_array_equal(saved[-1], x_1)
         np.testing.assert_array_equal(saved[-2], before)
     with pytest.raises(ValueError, match="times has one step, but there is another last step"):
-        sample(sampling.mean, grid[:2])
+        sample(sampling.euler_maruyama_noiseless, grid[:2])
 
 
 @pytest.mark.parametrize("path", BOUNDED, ids=name)
 def test_the_way_back(path, key, x64):
     """Data to noise and noise to data undo each other, within the error of the steps."""
     field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (16, 2))
-    grid = times.grid(400)
+    grid = times.uniform_grid(400)
     x_1 = sampling.sample_ode(field, x_0, grid, step=sampling.rk4)[0]
     back, grid_back = sampling.reverse(field, grid)
     np.testing.assert_allclose(sampling.sample_ode(back, x_1, grid_back, step=sampling.rk4)[0], x_0, atol=1e-6)
@@ -292,12 +296,12 @@ def test_the_way_back(path, key, x64):
 @pytest.mark.usefixtures("unoptimized")
 def test_steps_agree_in_any_batch_and_under_jit_traces(key):
     """Memory is carried in the scan: one trace, and no example in another's memory."""
-    path, grid = paths.Linear(), times.grid(12)
+    path, grid = paths.Linear(), times.uniform_grid(12)
     field, x_0, keys = marginals.velocity(path, mixture()), sampling.noise(key, (8, 2)), jax.random.split(key, 8)
 
     @jax.jit
     def follow(keys, x):
-        steps = solvers.unipc(path, 3), solvers.deis(path, 2), solvers.adams_bashforth(4)
+        steps = sampling.unipc(path, 3), sampling.deis(path, 2), sampling.adams_bashforth(4)
         ends = [sampling.sample_ode(field, x, grid, step=step)[0] for step in steps]
         noisy = sampling.sde_dpm_solver_pp, sampling.predictor_corrector(sampling.churn())
         return ends + [sampling.sample_diffusion(path, field, 1.0, keys, x, grid, step=step)[0] for step in noisy]
@@ -313,14 +317,14 @@ def test_steps_agree_in_any_batch_and_under_jit_traces(key):
 def test_a_multistep_sampler_is_differentiable(key, x64):
     """Masked weights of the first steps must not turn gradients to NaN."""
     path = paths.Linear()
-    steps = solvers.unipc(path, 3), solvers.deis(path, 3), solvers.dpm_solver_pp(path, 2, clock=solvers.log_ratio)
+    steps = sampling.unipc(path, 3), sampling.deis(path, 3), sampling.dpm_solver_pp(path, 2, variable=sampling.log_snr)
 
     def sample(step):
         return lambda rate, grid: sampling.sample_ode(lambda x, t: -rate * t * x, jnp.ones((1, 1)), grid, step=step)[0][0, 0]
 
     there = jax.jit(lambda rate, grid: jnp.stack([sample(step)(rate, grid) for step in steps]))
     gradients = jax.jit(lambda rate, grid: [jax.grad(sample(step), (0, 1))(rate, grid) for step in steps])
-    grid, h = times.grid(20), 1e-5
+    grid, h = times.uniform_grid(20), 1e-5
     by_rate, by_grid = (jnp.stack(each) for each in zip(*gradients(0.7, grid), strict=True))
     np.testing.assert_allclose(by_rate, (there(0.7 + h, grid) - there(0.7 - h, grid)) / (2 * h), rtol=1e-6)
     difference = (there(0.7, grid.at[7].add(h)) - there(0.7, grid.at[7].add(-h))) / (2 * h)
@@ -330,17 +334,17 @@ def test_a_multistep_sampler_is_differentiable(key, x64):
 
 @pytest.mark.usefixtures("unoptimized")
 def test_a_sampler_with_noise_is_differentiable(key, x64):
-    """In its grid's inner times too, as `times.fitted` needs: at noise and data what is kept of the noise has an infinite slope."""
+    """In its grid's inner times too, as `times.optimize_grid` needs: at noise and data what is kept of the noise has an infinite slope."""
     path = paths.Linear()
     ancestral, second, field = sampling.ancestral, sampling.sde_dpm_solver_pp, lambda x, t: -t * x
-    cases = (ancestral, diffusion.by_noise(path)), (ancestral, 0.0), (second, diffusion.by_noise(path))
+    cases = (ancestral, sampling.sigma_beta(path)), (ancestral, 0.0), (second, sampling.sigma_beta(path))
 
     @jax.jit
     def samples(grid):
         follow = lambda step, sigma: sampling.sample_diffusion(path, field, sigma, key, jnp.ones((1, 1)), grid, step=step)[0][0, 0]
         return jnp.stack([follow(*case) for case in cases])
 
-    grid, h = times.grid(4).astype(float), 1e-6
+    grid, h = times.uniform_grid(4).astype(float), 1e-6
     gradients = jax.jit(jax.jacrev(samples))(grid)
     for i in (1, 2, 3):
         difference = (samples(grid.at[i].add(h)) - samples(grid.at[i].add(-h))) / (2 * h)
@@ -354,48 +358,52 @@ def test_a_sampler_with_noise_is_differentiable(key, x64):
 
 def test_thinned_trajectories(key):
     field = lambda x, t: -x * t
-    x_0, grid = jax.random.normal(key, (4, 2)), times.grid(12)
-    for step in (sampling.euler, solvers.adams_bashforth(3)):
+    x_0, grid = jax.random.normal(key, (4, 2)), times.uniform_grid(12)
+    for step in (sampling.euler, sampling.adams_bashforth(3)):
         every = sampling.sample_ode(field, x_0, grid, step=step, save=lambda x, t: (x, t))
-        some = sampling.sample_ode(field, x_0, grid, step=step, save=lambda x, t: (x, t), every=4)
+        some = sampling.sample_ode(field, x_0, grid, step=step, save=lambda x, t: (x, t), save_every=4)
         jax.tree.map(np.testing.assert_array_equal, some, (every[0], jax.tree.map(lambda a: a[::4], every[1])))
     with pytest.raises(ValueError, match="every is 5, but a grid of 12 steps"):
-        sampling.sample_ode(field, x_0, grid, save=lambda x, t: x, every=5)
+        sampling.sample_ode(field, x_0, grid, save=lambda x, t: x, save_every=5)
 
 
 @pytest.mark.usefixtures("unoptimized")
 def test_a_grid_that_leaves_the_path_is_named():
     for grid in (jnp.linspace(-0.5, 1, 5), jnp.linspace(0, 1.5, 5)):
         with pytest.raises(ValueError, match=r"times go from .* but a path goes from 0, noise, to 1, data"):
-            sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), grid, step=solvers.unipc(paths.Cosine(), 2))
+            sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), grid, step=sampling.unipc(paths.Cosine(), 2))
         step = sampling.sde_dpm_solver_pp
         with pytest.raises(ValueError, match=r"times go from .* but a path goes from 0, noise, to 1, data"):
             sampling.sample_diffusion(paths.Linear(), lambda x, t: -x, 1.0, jax.random.key(0), jnp.zeros((2, 2)), grid, step=step)
     # Inside a compiled function too, where the grid is a constant there; and a good one passes.
-    follow = jax.jit(lambda x, grid=grid: sampling.sample_ode(lambda x, t: -x, x, grid, step=solvers.unipc(paths.Cosine(), 2))[0])
+    follow = jax.jit(lambda x, grid=grid: sampling.sample_ode(lambda x, t: -x, x, grid, step=sampling.unipc(paths.Cosine(), 2))[0])
     with pytest.raises(ValueError, match=r"times go from"):
         follow(jnp.zeros((2, 2)))
-    follow(jnp.zeros((2, 2)), times.grid(4))
-    jax.jit(lambda x: sampling.sample_ode(lambda x, t: -x, x, times.grid(4), step=solvers.deis(paths.Cosine(), 2))[0])(jnp.zeros((2, 2)))
+    follow(jnp.zeros((2, 2)), times.uniform_grid(4))
+    jax.jit(lambda x: sampling.sample_ode(lambda x, t: -x, x, times.uniform_grid(4), step=sampling.deis(paths.Cosine(), 2))[0])(
+        jnp.zeros((2, 2))
+    )
     # A velocity that is 0 says nothing of the data.
-    vanishing = solvers.unipc(paths.Polynomial(2.0), 2)
+    vanishing = sampling.unipc(paths.Polynomial(2.0), 2)
     with pytest.raises(
         ValueError,
         match=r"The velocity of Polynomial\(power=2.0\) is 0 or in proportion to the state at t = 0 and says nothing .* start=0.001",
     ):
-        sampling.sample_ode(lambda x, t: -t * x, jnp.zeros((2, 2)), times.grid(4), step=vanishing)
-    assert jnp.isfinite(sampling.sample_ode(lambda x, t: -t * x, jnp.zeros((2, 2)), times.grid(4, start=0.01), step=vanishing)[0]).all()
+        sampling.sample_ode(lambda x, t: -t * x, jnp.zeros((2, 2)), times.uniform_grid(4), step=vanishing)
+    assert jnp.isfinite(
+        sampling.sample_ode(lambda x, t: -t * x, jnp.zeros((2, 2)), times.uniform_grid(4, start=0.01), step=vanishing)[0]
+    ).all()
     # Any field on any grid is Adams and Bashforth's business.
-    sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), jnp.linspace(0, 5, 9), step=solvers.adams_bashforth(2))
+    sampling.sample_ode(lambda x, t: -x, jnp.zeros((2, 2)), jnp.linspace(0, 5, 9), step=sampling.adams_bashforth(2))
 
 
 def test_too_few_steps_say_so():
     path, x = paths.Linear(), jnp.zeros((2, 2))
     field = lambda x, t: -x
-    for step in (solvers.adams_bashforth(3), solvers.unipc(path, 3)):
+    for step in (sampling.adams_bashforth(3), sampling.unipc(path, 3)):
         with pytest.raises(ValueError, match="The method has order 3 and needs as many steps, but the grid has 2"):
-            sampling.sample_ode(field, x, times.grid(2), step=step)
+            sampling.sample_ode(field, x, times.uniform_grid(2), step=step)
     with pytest.raises(ValueError, match="The method has order 2 and needs as many steps, but the grid has 1"):
-        sampling.sample_diffusion(path, field, 1.0, jax.random.key(0), x, times.grid(1), step=sampling.sde_dpm_solver_pp)
+        sampling.sample_diffusion(path, field, 1.0, jax.random.key(0), x, times.uniform_grid(1), step=sampling.sde_dpm_solver_pp)
     with pytest.raises(ValueError, match="order is 0"):
-        solvers.deis(path, 0)
+        sampling.deis(path, 0)

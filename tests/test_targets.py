@@ -193,7 +193,7 @@ def test_a_field_of_one_path_along_another_is_that_paths(source, target, key, x6
     """The velocity that would have been learned along `target`, where the source's noise is large enough."""
     data, x = mixture(), jax.random.normal(key, (6, 2))
     least = jnp.max(jnp.stack([path.alpha(0.0) / (path.alpha(0.0) + path.beta(0.0)) for path in (source, target)]).astype(float))
-    t = paths.time_at(target, jnp.linspace(least + 0.01, 0.98, 6))
+    t = paths.time_from_signal_fraction(target, jnp.linspace(least + 0.01, 0.98, 6))
     changed = targets.change_path(marginals.velocity(source, data), source=source, target=target)
     exact = marginals.velocity(target, data)(x, t)
     np.testing.assert_allclose(changed(x, t), exact, rtol=1e-6, atol=1e-6)

@@ -9,7 +9,7 @@ from battery import PATHS, VarianceExploding, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmjax import marginals, paths, sampling, solvers, times
+from fmjax import marginals, paths, sampling, times
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -43,7 +43,7 @@ def test_stratified_times_fill_every_interval(n, seed):
 @given(steps=st.integers(1, 100), start=st.floats(0, 0.4), end=st.floats(0.6, 1))
 @settings(deadline=None, max_examples=20)
 def test_grid_is_uniform(steps, start, end):
-    grid = times.grid(steps, start, end)
+    grid = times.uniform_grid(steps, start, end)
     np.testing.assert_allclose(grid, np.linspace(start, end, steps + 1), atol=1e-6)
 
 
@@ -61,7 +61,7 @@ def test_shift_multiplies_noise_over_data():
 @pytest.mark.parametrize("arguments", [(0,), (10, 1.0, 0.0), (10, 0.5, 0.5)])
 def test_bad_grids_are_named(arguments):
     with pytest.raises(ValueError, match=r"steps=0, but the grid has at least one step|A grid ends after it starts"):
-        times.grid(*arguments)
+        times.uniform_grid(*arguments)
 
 
 @pytest.mark.parametrize("warp", [times.cosine, times.quadratic])
@@ -95,31 +95,31 @@ def test_karras_levels(path, x64):
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
 def test_log_ratio_steps_are_equal(path, x64):
-    grid = times.log_ratio(path, 12, 0.05, 0.98)
+    grid = times.log_snr_grid(path, 12, 0.05, 0.98)
     np.testing.assert_array_equal(grid[jnp.array([0, -1])], [0.05, 0.98])
     steps = jnp.diff(jnp.log(path.alpha(grid) / path.beta(grid)))
     np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
 
 
-def test_a_fitted_grid_errs_less(key):
+def test_an_optimized_grid_errs_less(key):
     """On a mixture's field, with eight steps of Euler and of a multistep method."""
     path = paths.Linear()
     field, x_0 = marginals.velocity(path, mixture()), jax.random.normal(key, (256, 2))
-    fine = sampling.sample_ode(field, x_0, times.grid(200), step=sampling.rk4)[0]
-    for step in (sampling.euler, solvers.adams_bashforth(2)):
+    fine = sampling.sample_ode(field, x_0, times.uniform_grid(200), step=sampling.rk4)[0]
+    for step in (sampling.euler, sampling.adams_bashforth(2)):
         error = lambda grid, step=step: ((sampling.sample_ode(field, x_0, grid, step=step)[0] - fine) ** 2).mean()
-        grid = times.fitted(error, times.grid(8), iterations=50)
+        grid = times.optimize_grid(error, times.uniform_grid(8), iterations=50)
         assert grid.shape == (9,)
         np.testing.assert_allclose(grid[jnp.array([0, -1])], [0, 1])
         assert (jnp.diff(grid) > 0).all()
-        assert error(grid) < error(times.grid(8))
+        assert error(grid) < error(times.uniform_grid(8))
 
 
-def test_a_fitted_grid_is_the_best(x64):
+def test_an_optimized_grid_is_the_best(x64):
     """Of Euler's method for a velocity of time alone: the left Riemann sum is stationary in every inner time."""
     x_0, u, slope = jnp.zeros((1, 1)), lambda t: 3 * t**2, lambda t: 6 * t
     error = lambda grid: (sampling.sample_ode(lambda x, t: u(t) + 0 * x, x_0, grid, step=sampling.euler)[0][0, 0] - 1) ** 2
-    t = times.fitted(error, times.grid(6))
+    t = times.optimize_grid(error, times.uniform_grid(6))
     np.testing.assert_allclose(slope(t[1:-1]) * jnp.diff(t)[1:], u(t[1:-1]) - u(t[:-2]), atol=1e-4)
 
 
@@ -127,11 +127,11 @@ def test_a_fitted_grid_is_the_best(x64):
     ("make", "message"),
     [
         (lambda: times.karras(paths.Linear(), 1), "steps=1, but the grid has at least 2 steps"),
-        (lambda: times.karras(paths.Linear(), 5, 2.0, 1.0), "smallest is 2.0 and largest 1.0, but"),
-        (lambda: times.karras(paths.VariancePreserving(), 5, largest=1e6), r"The first noise level is 1e\+06, but the path starts at 1"),
-        (lambda: times.log_ratio(paths.Linear(), 5, 0.0, 1.0), r"log\(alpha / beta\) is -inf at t = 0.0 and inf at t = 1.0"),
-        (lambda: times.fitted(lambda grid: grid.sum(), [0.0, 1.0, 0.5]), "first must increase"),
-        (lambda: times.fitted(lambda grid: 0 * grid.sum(), [0.0, 0.5, 1.0]), "is not a positive finite number"),
+        (lambda: times.karras(paths.Linear(), 5, 2.0, 1.0), "sigma_min is 2.0 and sigma_max 1.0, but"),
+        (lambda: times.karras(paths.VariancePreserving(), 5, sigma_max=1e6), r"The first noise level is 1e\+06, but the path starts at 1"),
+        (lambda: times.log_snr_grid(paths.Linear(), 5, 0.0, 1.0), r"log\(alpha / beta\) is -inf at t = 0.0 and inf at t = 1.0"),
+        (lambda: times.optimize_grid(lambda grid: grid.sum(), [0.0, 1.0, 0.5]), "first must increase"),
+        (lambda: times.optimize_grid(lambda grid: 0 * grid.sum(), [0.0, 0.5, 1.0]), "is not a positive finite number"),
     ],
 )
 def test_bad_grids_of_a_path_are_named(make, message):
@@ -143,7 +143,7 @@ def test_a_path_reaches_its_own_first_level():
     """Rounded otherwise as a noise level than as a signal, whatever the level."""
     for scale in (80.0, 3.0, 0.7, 12.3, 1e3):
         path = VarianceExploding(scale)
-        grid = times.karras(path, 12, largest=scale)
+        grid = times.karras(path, 12, sigma_max=scale)
         assert grid[0] == 0
         assert grid[-1] == 1
         assert (jnp.diff(grid) > 0).all()
@@ -158,18 +158,18 @@ def test_logit_normal_times_lie_inside():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: times.grid(10, end=jnp.nan), "end is nan, but it is the last time: one finite number"),
-        (lambda: times.grid(10, start=-jnp.inf), "start is -inf, but"),
-        (lambda: times.grid(2.5), "steps=2.5, but the grid has at least one step, a whole number"),
-        (lambda: times.karras(paths.Linear(), 10, largest=jnp.inf), "largest is inf, but it is a noise level"),
-        (lambda: times.karras(paths.Linear(), 10, smallest=jnp.nan), "smallest is nan"),
+        (lambda: times.uniform_grid(10, end=jnp.nan), "end is nan, but it is the last time: one finite number"),
+        (lambda: times.uniform_grid(10, start=-jnp.inf), "start is -inf, but"),
+        (lambda: times.uniform_grid(2.5), "steps=2.5, but the grid has at least one step, a whole number"),
+        (lambda: times.karras(paths.Linear(), 10, sigma_max=jnp.inf), "sigma_max is inf, but it is a noise level"),
+        (lambda: times.karras(paths.Linear(), 10, sigma_min=jnp.nan), "sigma_min is nan"),
         (lambda: times.karras(paths.Linear(), 10, rho=0.0), "rho is 0.0, but"),
         (lambda: times.shift(jnp.linspace(0, 1, 3), 0.0), "factor is 0.0, but .* one finite number above 0"),
         (lambda: times.shift(jnp.linspace(0, 1, 3), jnp.nan), "factor is nan"),
         (lambda: times.resolution_factor(0, 4), "size is 0, but it is a count of numbers in an image"),
         (lambda: times.logit_normal(jax.random.key(0), 4, std=jnp.nan), "std is nan, but it is the standard deviation"),
-        (lambda: paths.time_at(paths.Linear(), jnp.nan), "The signal is nan, but"),
-        (lambda: paths.time_at(paths.Linear(), 1.5), "The signal is 1.5, but"),
+        (lambda: paths.time_from_signal_fraction(paths.Linear(), jnp.nan), "The signal is nan, but"),
+        (lambda: paths.time_from_signal_fraction(paths.Linear(), 1.5), "The signal is 1.5, but"),
     ],
 )
 def test_numbers_that_make_no_grid_are_named(call, message):

@@ -425,7 +425,7 @@ def test_a_trace_of_the_second_row(tmp_path):
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
-def test_the_loop_waits_for_the_device_once_a_row(monkeypatch):
+def test_the_loop_waits_for_the_device_once_per_log(monkeypatch):
     """What comes back from the device: the step at the start, and the metrics of every row in one transfer."""
     step, state = training.make_step(loss_fn, SGD), training.init(params(), SGD)
     data = [jax.device_put(batch(seed)) for seed in range(12)]

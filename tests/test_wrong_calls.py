@@ -24,11 +24,9 @@ import pytest
 
 import fmjax
 from fmjax import (
-    adaptive,
-    averages,
     checkpoints,
-    diffusion,
     guidance,
+    inverse,
     likelihood,
     losses,
     marginals,
@@ -36,7 +34,6 @@ from fmjax import (
     parallel,
     paths,
     sampling,
-    solvers,
     targets,
     times,
     training,
@@ -49,7 +46,7 @@ LIBRARY = str(Path(fmjax.__file__).parent)
 PATH, B = paths.Linear(), 3
 MIXTURE = marginals.GaussianMixture(jnp.ones(2), jnp.array([[1.0, 0.0, 2.0], [-1.0, 0.5, 0.0]]), jnp.ones(2))
 X, X_0 = (jnp.asarray(np.random.default_rng(seed).normal(size=(B, B)), jnp.float32) for seed in (0, 1))
-T, GRID, KEY = jnp.array([0.2, 0.5, 0.7]), times.grid(4), jax.random.key(0)
+T, GRID, KEY = jnp.array([0.2, 0.5, 0.7]), times.uniform_grid(4), jax.random.key(0)
 
 
 def VELOCITY(x, t):
@@ -140,7 +137,7 @@ KINDS: dict[str, list[Wrong]] = {
     "time": [
         *NOT_ARRAYS,
         *wrong(a_step=7, too_late=1.5, too_early=-0.5, nan=np.nan, infinite=np.inf, complex_number=0.5j),
-        *wrong(steps=jnp.arange(3), fewer=T[:2], column=T[:, None], grid=times.grid(9), square=jnp.ones((3, 3))),
+        *wrong(steps=jnp.arange(3), fewer=T[:2], column=T[:, None], grid=times.uniform_grid(9), square=jnp.ones((3, 3))),
         *right(a_number=0.5, numpy=np.float32(0.5), float64=np.float64(0.5), half=jnp.bfloat16(0.5)),
     ],
     "any time": wrong(
@@ -156,7 +153,12 @@ KINDS: dict[str, list[Wrong]] = {
     "sampled field": [*FIELD, *PER_EXAMPLE_TIMES],
     "grid": [
         *wrong(none=None, string="x", a_number=1.0, one_time=np.zeros(1), square=np.eye(3), complex_numbers=np.array([0, 1j])),
-        *wrong(falling=times.grid(4)[::-1], equal=np.array([0, 0.5, 0.5, 1]), nan=np.array([0, np.nan, 1]), infinite=np.array([0, np.inf])),
+        *wrong(
+            falling=times.uniform_grid(4)[::-1],
+            equal=np.array([0, 0.5, 0.5, 1]),
+            nan=np.array([0, np.nan, 1]),
+            infinite=np.array([0, np.inf]),
+        ),
         *right(numpy=np.linspace(0, 0.9, 4), a_list=[0.0, 0.3, 1.0], half=jnp.linspace(0, 1, 5, dtype=jnp.bfloat16)),
     ],
     "path's grid": wrong(beyond_data=np.array([0, 0.5, 1.5]), before_noise=np.array([-0.5, 0.5]), in_steps=np.array([0.0, 1, 2, 3])),
@@ -182,22 +184,22 @@ KINDS: dict[str, list[Wrong]] = {
     ],
     "target": wrong(none=None, string="noise", a_row=(1.0, 0.0)),
     "step": [
-        *wrong(none=None, string="heun", a_maker=solvers.ddim, another_maker=solvers.unipc, of_an_sde=sampling.euler_maruyama),
+        *wrong(none=None, string="heun", a_maker=sampling.ddim, another_maker=sampling.unipc, of_an_sde=sampling.euler_maruyama),
         *wrong(of_a_diffusion=sampling.ancestral, a_maker_of_those=sampling.churn),
-        *right(remembers=solvers.adams_bashforth(2), knows_a_path=solvers.heun(PATH)),
+        *right(remembers=sampling.adams_bashforth(2), knows_a_path=sampling.path_heun(PATH)),
     ],
     "maker": [
-        *wrong(none=None, string="heun", a_step=sampling.heun, a_made_step=solvers.heun(PATH), of_an_sde=sampling.euler_maruyama),
-        *right(another=solvers.ddim),
+        *wrong(none=None, string="heun", a_step=sampling.heun, a_made_step=sampling.path_heun(PATH), of_an_sde=sampling.euler_maruyama),
+        *right(another=sampling.ddim),
     ],
     "noisy step": [
-        *wrong(none=None, string="em", a_maker=sampling.churn, of_a_flow=sampling.heun, another=solvers.unipc(PATH, 2)),
-        *wrong(knows_a_path=solvers.ddim(PATH)),
+        *wrong(none=None, string="em", a_maker=sampling.churn, of_a_flow=sampling.heun, another=sampling.unipc(PATH, 2)),
+        *wrong(knows_a_path=sampling.ddim(PATH)),
     ],
     "last": [
-        *wrong(string="euler", remembers=solvers.adams_bashforth(2), a_maker=solvers.ddim, number=1.0),
+        *wrong(string="euler", remembers=sampling.adams_bashforth(2), a_maker=sampling.ddim, number=1.0),
     ],
-    "every": wrong(none=None, zero=0, negative=-1, fraction=1.5, no_divisor=2, too_many=8),
+    "save_every": wrong(none=None, zero=0, negative=-1, fraction=1.5, no_divisor=2, too_many=8),
     "function": wrong(none=None, string="x", number=1.0),
     "distribution": wrong(none=None, an_array=lambda _: X, a_path=PATH, a_field=lambda _: VELOCITY),
     "mixture": [
@@ -229,7 +231,7 @@ KINDS: dict[str, list[Wrong]] = {
         fewer=lambda p: p[:2],
         complex_numbers=lambda p: p + 1j,
     ),
-    "width": [*NUMBER, *wrong(zero=0.0, negative=-0.1, beyond=0.5)],
+    "sigma_rel": [*NUMBER, *wrong(zero=0.0, negative=-0.1, beyond=0.5)],
 }
 
 
@@ -260,7 +262,7 @@ def at(maker):
 
 def drawn(step):
     """A step of a flow in its sampler."""
-    return lambda **arguments: sampling.sample_ode(VELOCITY, X, times.grid(4, 0.1, 0.9), step=step(**arguments))[0]
+    return lambda **arguments: sampling.sample_ode(VELOCITY, X, times.uniform_grid(4, 0.1, 0.9), step=step(**arguments))[0]
 
 
 def drawn_noisy(step):
@@ -272,8 +274,8 @@ def loss_fn(params, key, batch):
 
 
 CONVERT = {"source": targets.velocity, "target": targets.data}
-SAMPLE = {"x_0": X, "times": GRID, "step": sampling.heun, "last": sampling.euler, "every": 1}
-ODE_KINDS = {"x_0": "batch", "times": "grid", "step": "step", "last": "last", "every": "every"}
+SAMPLE = {"x_0": X, "times": GRID, "step": sampling.heun, "last": sampling.euler, "save_every": 1}
+ODE_KINDS = {"x_0": "batch", "times": "grid", "step": "step", "last": "last", "save_every": "save_every"}
 GIVES = "field's output|The field"
 
 CALLS: dict[str, Call] = {
@@ -302,7 +304,9 @@ CALLS: dict[str, Call] = {
         {"x_1": "x"},
     ),
     "paths.lift": Call(paths.lift, {"t": T, "x": X}, {"t": "any time"}),
-    "paths.time_at": Call(paths.time_at, {"path": PATH, "signal": T}, {"path": "path", "signal": "any times"}),
+    "paths.time_from_signal_fraction": Call(
+        paths.time_from_signal_fraction, {"path": PATH, "signal": T}, {"path": "path", "signal": "any times"}
+    ),
     "targets.coefficients": Call(
         targets.coefficients, {"path": PATH, "t": T, **CONVERT}, {"path": "path", "source": "target", "target": "target"}
     ),
@@ -350,23 +354,25 @@ CALLS: dict[str, Call] = {
         {"key": KEY, "n": 3, "mean": 0.0, "std": 1.0},
         {"key": "key", "n": "count", "mean": "number", "std": "at least 0"},
     ),
-    "times.grid": Call(times.grid, {"steps": 3, "start": 0.0, "end": 1.0}, {"steps": "count", "start": "number", "end": "number"}),
+    "times.uniform_grid": Call(
+        times.uniform_grid, {"steps": 3, "start": 0.0, "end": 1.0}, {"steps": "count", "start": "number", "end": "number"}
+    ),
     "times.shift": Call(times.shift, {"t": T, "factor": 3.0}, {"t": "any times", "factor": "positive"}),
     "times.resolution_factor": Call(times.resolution_factor, {"size": 64.0, "base": 16.0}, {"size": "positive", "base": "positive"}),
     "times.cosine": Call(times.cosine, {"t": T}, {"t": "any times"}),
     "times.quadratic": Call(times.quadratic, {"t": T}, {"t": "any times"}),
     "times.karras": Call(
         times.karras,
-        {"path": PATH, "steps": 5, "smallest": 0.01, "largest": 10.0, "rho": 7.0},
-        {"path": "path", "steps": "count", "smallest": "positive", "largest": "positive", "rho": "positive"},
+        {"path": PATH, "steps": 5, "sigma_min": 0.01, "sigma_max": 10.0, "rho": 7.0},
+        {"path": "path", "steps": "count", "sigma_min": "positive", "sigma_max": "positive", "rho": "positive"},
     ),
-    "times.log_ratio": Call(
-        times.log_ratio,
+    "times.log_snr_grid": Call(
+        times.log_snr_grid,
         {"path": PATH, "steps": 5, "start": 0.1, "end": 0.9},
         {"path": "path", "steps": "count", "start": "number", "end": "number"},
     ),
-    "times.fitted": Call(
-        times.fitted,
+    "times.optimize_grid": Call(
+        times.optimize_grid,
         {"error": lambda grid: (grid**2).sum(), "first": GRID, "iterations": 2},
         {"error": "function", "first": "grid", "iterations": "count"},
     ),
@@ -377,8 +383,8 @@ CALLS: dict[str, Call] = {
         {"field": "field", "times": "grid"},
         {"field": GIVES},
     ),
-    "sampling.extend": Call(
-        at(sampling.extend),
+    "sampling.sde_extension": Call(
+        at(sampling.sde_extension),
         {"velocity_field": VELOCITY, "score_field": SCORE, "sigma": 0.5},
         {"velocity_field": "field", "score_field": "field", "sigma": "sigma"},
         {"velocity_field": "velocity", "score_field": "score"},
@@ -403,7 +409,7 @@ CALLS: dict[str, Call] = {
     ),
     "sampling.sample_sde": Call(
         lambda **a: sampling.sample_sde(**a)[0],
-        {"drift": SCORE, "sigma": 0.5, "key": KEY, **SAMPLE, "step": sampling.euler_maruyama, "last": sampling.mean},
+        {"drift": SCORE, "sigma": 0.5, "key": KEY, **SAMPLE, "step": sampling.euler_maruyama, "last": sampling.euler_maruyama_noiseless},
         {**ODE_KINDS, "drift": "sampled field", "sigma": "sigma", "key": "key", "step": "noisy step"},
         {"drift": f"drift|{GIVES}"},
     ),
@@ -421,31 +427,40 @@ CALLS: dict[str, Call] = {
         },
         {"velocity": f"velocity|{GIVES}"},
     ),
-    "sampling.churn": Call(drawn_noisy(sampling.churn), {"make_step": solvers.heun}, {"make_step": "maker"}),
+    "sampling.churn": Call(drawn_noisy(sampling.churn), {"make_step": sampling.path_heun}, {"make_step": "maker"}),
     "sampling.predictor_corrector": Call(
         drawn_noisy(sampling.predictor_corrector),
         {"step": sampling.ancestral, "rate": 1.0, "corrections": 1},
         {"step": "noisy step", "rate": "positive", "corrections": "count"},
     ),
-    "solvers.ddim": Call(drawn(solvers.ddim), {"path": PATH}, {"path": "path"}),
-    "solvers.heun": Call(drawn(solvers.heun), {"path": PATH}, {"path": "path"}),
-    "solvers.edm_heun": Call(drawn(solvers.edm_heun), {"path": PATH}, {"path": "path"}),
-    "solvers.adams_bashforth": Call(drawn(solvers.adams_bashforth), {"order": 2}, {"order": "count"}),
+    "sampling.ddim": Call(drawn(sampling.ddim), {"path": PATH}, {"path": "path"}),
+    "sampling.path_heun": Call(drawn(sampling.path_heun), {"path": PATH}, {"path": "path"}),
+    "sampling.edm_heun": Call(drawn(sampling.edm_heun), {"path": PATH}, {"path": "path"}),
+    "sampling.adams_bashforth": Call(drawn(sampling.adams_bashforth), {"order": 2}, {"order": "count"}),
     **{
-        f"solvers.{name}": Call(
-            drawn(make), {"path": PATH, "order": 2, "clock": solvers.log_ratio}, {"path": "path", "order": "count", "clock": "function"}
+        f"sampling.{name}": Call(
+            drawn(make),
+            {"path": PATH, "order": 2, "variable": sampling.log_snr},
+            {"path": "path", "order": "count", "variable": "function"},
         )
-        for name, make in {"dpm_solver_pp": solvers.dpm_solver_pp, "unipc": solvers.unipc, "deis": solvers.deis}.items()
+        for name, make in {"dpm_solver_pp": sampling.dpm_solver_pp, "unipc": sampling.unipc, "deis": sampling.deis}.items()
     },
     **{
-        f"diffusion.{name}": Call(
+        f"sampling.{name}": Call(
             lambda make=make, **a: make(**a)(0.5), {"path": PATH, "scale": 1.0}, {"path": "path", "scale": "at least 0"}
         )
-        for name, make in {"natural": diffusion.natural, "by_noise": diffusion.by_noise, "by_variance": diffusion.by_variance}.items()
+        for name, make in {
+            "sigma_sbdm": sampling.sigma_sbdm,
+            "sigma_beta": sampling.sigma_beta,
+            "sigma_sqrt_beta": sampling.sigma_sqrt_beta,
+        }.items()
     },
     **{
-        f"diffusion.{name}": Call(lambda make=make, **a: make(**a)(0.5), {"scale": 1.0}, {"scale": "at least 0"})
-        for name, make in {"decreasing": diffusion.decreasing, "bump": diffusion.bump}.items()
+        f"sampling.{name}": Call(lambda make=make, **a: make(**a)(0.5), {"scale": 1.0}, {"scale": "at least 0"})
+        for name, make in {
+            "sigma_decreasing": sampling.sigma_decreasing,
+            "sigma_increasing_decreasing": sampling.sigma_increasing_decreasing,
+        }.items()
     },
     **{
         f"guidance.{name}": Call(
@@ -454,22 +469,22 @@ CALLS: dict[str, Call] = {
             {"guided": "like", "unguided": "like", "scale": "scale"},
             {"guided": "guided|unguided"},
         )
-        for name, combine in {"extrapolate": guidance.extrapolate, "zero_star": guidance.zero_star}.items()
+        for name, combine in {"extrapolate": guidance.extrapolate, "cfg_zero_star": guidance.cfg_zero_star}.items()
     },
-    "guidance.projected": Call(
-        lambda **a: guidance.projected(**a)(X, X_0, 2.0),
-        {"parallel": 0.5, "largest": 1.0},
-        {"parallel": "number", "largest": "positive number"},
+    "guidance.apg": Call(
+        lambda **a: guidance.apg(**a)(X, X_0, 2.0),
+        {"eta": 0.5, "norm_threshold": 1.0},
+        {"eta": "number", "norm_threshold": "positive number"},
     ),
-    "guidance.rescaled": Call(lambda **a: guidance.rescaled(**a)(X, X_0, 2.0), {"share": 0.5}, {"share": "share"}),
+    "guidance.cfg_rescale": Call(lambda **a: guidance.cfg_rescale(**a)(X, X_0, 2.0), {"phi": 0.5}, {"phi": "share"}),
     "guidance.classifier_free": Call(
         at(guidance.classifier_free),
-        {"field_y": field_y, "y": LABELS, "null": 3, "scale": 2.0, "combine": guidance.zero_star, "x": X, "t": 0.5},
+        {"field_y": field_y, "y": LABELS, "null": 3, "scale": 2.0, "combine": guidance.cfg_zero_star, "x": X, "t": 0.5},
         {"field_y": "field", "y": "labels", "null": "null", "scale": "scale", "combine": "function"},
         {"field_y": "field|value|labels"},
     ),
-    "guidance.weighted": Call(
-        lambda scale, y, **a: at(guidance.weighted)(scales=[scale, 1.0], ys=[y, LABELS], **a),
+    "guidance.compose": Call(
+        lambda scale, y, **a: at(guidance.compose)(scales=[scale, 1.0], ys=[y, LABELS], **a),
         {"field_y": field_y, "y": LABELS, "null": 3, "scale": 2.0},
         {"field_y": "field", "y": "labels", "null": "null", "scale": "scale"},
         {"field_y": "field|value|labels"},
@@ -492,8 +507,8 @@ CALLS: dict[str, Call] = {
         {"field": "field", "log_probability": "function", "scale": "scale"},
         {"field": GIVES},
     ),
-    "guidance.linear_inverse": Call(
-        at(guidance.linear_inverse),
+    "inverse.linear_inverse": Call(
+        at(inverse.linear_inverse),
         {
             "path": PATH,
             "field": VELOCITY,
@@ -551,8 +566,8 @@ CALLS: dict[str, Call] = {
     "likelihood.bits_per_dimension": Call(
         likelihood.bits_per_dimension, {"log_p": T, "shape": (3,), "width": 0.1}, {"shape": "function", "width": "positive"}
     ),
-    "likelihood.exact": Call(
-        likelihood.exact,
+    "likelihood.exact_divergence": Call(
+        likelihood.exact_divergence,
         {"field": VELOCITY, "x": X, "t": 0.5, "block": 2},
         {"field": "field", "x": "batch", "block": "count"},
         {"field": GIVES},
@@ -572,14 +587,20 @@ CALLS: dict[str, Call] = {
     **{
         f"likelihood.{name}": Call(
             function,
-            {"field": VELOCITY, "log_density_0": log_normal, x: X, "times": times.grid(4, 0.0, 0.9), "divergence": likelihood.exact},
+            {
+                "field": VELOCITY,
+                "log_density_0": log_normal,
+                x: X,
+                "times": times.uniform_grid(4, 0.0, 0.9),
+                "divergence": likelihood.exact_divergence,
+            },
             {"field": "sampled field", "log_density_0": "function", x: "batch", "times": "grid", "divergence": "function"},
             {"field": f"field|{GIVES}", x: "x"},
         )
         for name, function, x in (("log_density", likelihood.log_density, "x_1"), ("sample", likelihood.sample, "x_0"))
     },
-    "adaptive.sample_ode": Call(
-        adaptive.sample_ode,
+    "sampling.sample_ode_adaptive": Call(
+        sampling.sample_ode_adaptive,
         {"field": VELOCITY, "x_0": X, "start": 0.0, "end": 0.9, "rtol": 1e-3, "atol": 1e-3, "max_steps": 100},
         {
             "field": "sampled field",
@@ -592,14 +613,14 @@ CALLS: dict[str, Call] = {
         },
         {"field": GIVES},
     ),
-    "averages.exponent": Call(averages.exponent, {"width": 0.1}, {"width": "width"}),
-    "averages.power": Call(lambda width: averages.power(width)(3), {"width": 0.1}, {"width": "width"}),
-    "averages.post_hoc": Call(
-        averages.post_hoc, {"snapshots": [(1, 0.05, np.ones(2)), (2, 0.1, np.ones(2))], "width": 0.1}, {"width": "width"}
+    "training.ema_exponent": Call(training.ema_exponent, {"sigma_rel": 0.1}, {"sigma_rel": "sigma_rel"}),
+    "training.power_ema": Call(lambda sigma_rel: training.power_ema(sigma_rel)(3), {"sigma_rel": 0.1}, {"sigma_rel": "sigma_rel"}),
+    "training.post_hoc_ema": Call(
+        training.post_hoc_ema, {"snapshots": [(1, 0.05, np.ones(2)), (2, 0.1, np.ones(2))], "sigma_rel": 0.1}, {"sigma_rel": "sigma_rel"}
     ),
     "training.init": Call(
         training.init,
-        {"params": {"w": jnp.ones(3)}, "optimizer": optax.sgd(0.1), "averages": 1},
+        {"params": {"w": jnp.ones(3)}, "optimizer": optax.sgd(0.1), "emas": 1},
         {"optimizer": "function"},
     ),
     "training.make_step": Call(
@@ -615,11 +636,12 @@ CALLS: dict[str, Call] = {
 }
 ELSEWHERE = {
     "steps, which samplers call": {
-        f"sampling.{name}" for name in ("euler", "heun", "midpoint", "ralston", "rk4", "euler_maruyama", "stochastic_heun", "mean")
+        f"sampling.{name}"
+        for name in ("euler", "heun", "midpoint", "ralston", "rk4", "euler_maruyama", "stochastic_heun", "euler_maruyama_noiseless")
     },
     "rows and numbers, which conversions call": {f"targets.{name}" for name in ["velocity", "score", "noise", "data", "v"]}
-    | {"paths.signal_at"},
-    "clocks, which solvers call": {"solvers.log_ratio"},
+    | {"paths.signal_fraction"},
+    "variables, which solvers call": {"sampling.log_snr"},
     "files and devices, in test_training.py, test_parallel.py and test_checkpoints.py": {
         *(f"training.{name}" for name in ["check_position", "check_run", "check_state", "fit", "json_lines", "tensorboard"]),
         *(
@@ -628,20 +650,21 @@ ELSEWHERE = {
                 "anywhere",
                 "on_first",
                 "batch_sharding",
-                "by_examples",
+                "constrain_activations",
                 "create",
                 "fully_sharded",
                 "initialize",
                 "mesh",
-                "place",
                 "pmap",
                 "replicated",
+                "shard",
+                "shard",
             ]
         ),
         "parallel.require_memory",
     },
 }
-CHAPTERS = "paths targets losses times sampling solvers diffusion guidance marginals metrics likelihood adaptive averages training parallel"
+CHAPTERS = "paths targets losses times sampling guidance inverse marginals metrics likelihood training parallel"
 
 
 def outcome(call, argument, value):
@@ -731,14 +754,21 @@ def by_pmap(step):
 
 
 def diffused(path, step, **changes):
-    arguments = {"velocity": marginals.velocity(path, MIXTURE), "sigma": 0.5, "key": KEY, "x_0": X, "times": times.grid(4, 0.01), **changes}
+    arguments = {
+        "velocity": marginals.velocity(path, MIXTURE),
+        "sigma": 0.5,
+        "key": KEY,
+        "x_0": X,
+        "times": times.uniform_grid(4, 0.01),
+        **changes,
+    }
     return lambda: sampling.sample_diffusion(path, step=step, **arguments)
 
 
-def inverse(step, last=None):
+def measured(step, last=None):
     def follow():
-        field = guidance.linear_inverse(PATH, VELOCITY, lambda x: x[:2], X[:, :2])
-        return sampling.sample_ode(field, X, times.grid(4, 0.01), step=step, last=last)
+        field = inverse.linear_inverse(PATH, VELOCITY, lambda x: x[:2], X[:, :2])
+        return sampling.sample_ode(field, X, times.uniform_grid(4, 0.01), step=step, last=last)
 
     return follow
 
@@ -757,8 +787,8 @@ def inverse(step, last=None):
         "a loss per example": (stepped(loss_fn=lambda params, key, batch: batch.mean(1)), r"loss_fn gives shape \(4,\), .*\.mean\(\)"),
         "a loss with more": (stepped(loss_fn=lambda params, key, batch: (batch.mean(), 1)), "loss_fn gives a tuple of 2"),
         "another optimiser's state": (stepped(training.init({"w": jnp.ones(3)}, optax.sgd(0.1))), "opt_state is of another optimiser"),
-        "fewer averages": (stepped(ema_decay=(0.9, 0.99)), r"has 2 decays: .*averages=2"),
-        "more averages": (stepped(training.init({"w": jnp.ones(3)}, ADAM, averages=2)), "has 2 averages, but the step has one decay"),
+        "fewer averages": (stepped(ema_decay=(0.9, 0.99)), r"has 2 decays: .*emas=2"),
+        "more averages": (stepped(training.init({"w": jnp.ones(3)}, ADAM, emas=2)), "has 2 averages, but the step has one decay"),
         "no optimiser": (lambda: training.init({"w": jnp.ones(3)}, "adam"), "optimizer is 'adam', .* optax"),
         "parts of a batch": (stepped(accumulate=3), "The batch of 4 does not divide into the 3 parts"),
         "a step for one device under pmap": (by_pmap(training.make_step(loss_fn, ADAM)), "axis_name=parallel.AXIS"),
@@ -767,9 +797,9 @@ def inverse(step, last=None):
             r"gives shape \(1, 3\) for 2 keys",
         ),
         "no checkpoints kept": (lambda: checkpoints.Checkpointer("nowhere", keep=0), "keep is 0"),
-        "a snapshot that is no triple": (lambda: averages.post_hoc([(1, 0.1)], 0.1), "Snapshot 0 is a tuple, but each is a triple"),
+        "a snapshot that is no triple": (lambda: training.post_hoc_ema([(1, 0.1)], 0.1), "Snapshot 0 is a tuple, but each is a triple"),
         "averages of two networks": (
-            lambda: averages.post_hoc([(1, 0.1, np.ones(2)), (2, 0.1, np.ones(3))], 0.1),
+            lambda: training.post_hoc_ema([(1, 0.1, np.ones(2)), (2, 0.1, np.ones(3))], 0.1),
             "snapshot 1 has other arrays than the first",
         ),
         "labels that wrap": (
@@ -785,10 +815,10 @@ def inverse(step, last=None):
             "at t = 1, where it would be infinite",
         ),
         "an infinite sigma at noise, in predictor_corrector": (
-            diffused(PATH, sampling.predictor_corrector(sampling.euler_maruyama), sigma=diffusion.natural(PATH), times=GRID),
+            diffused(PATH, sampling.predictor_corrector(sampling.euler_maruyama), sigma=sampling.sigma_sbdm(PATH), times=GRID),
             "at t = 0|sigma is inf at t = 0",
         ),
-        "a flow's multistep for a diffusion": (diffused(PATH, solvers.unipc(PATH, 2)), "steps without noise are for sample_ode"),
+        "a flow's multistep for a diffusion": (diffused(PATH, sampling.unipc(PATH, 2)), "steps without noise are for sample_ode"),
         "a velocity of 0 at noise": (diffused(POLYNOMIAL, sampling.ancestral, times=GRID), r"is 0 .* start=0.00\d"),
         "a last step of another shape": (
             lambda: sampling.sample_ode(VELOCITY, X, GRID, step=sampling.euler, last=lambda field, x, t, dt: x[:1]),
@@ -800,10 +830,10 @@ def inverse(step, last=None):
         ),
         "a path that turns back": (diffused(TurnsBack(), sampling.churn()), "alpha / beta falls from t = .* sampling.heun"),
         "a path that turns back, in a flow": (
-            lambda: sampling.sample_ode(VELOCITY, X, GRID, step=solvers.unipc(TurnsBack(), 2)),
+            lambda: sampling.sample_ode(VELOCITY, X, GRID, step=sampling.unipc(TurnsBack(), 2)),
             "alpha / beta falls from t = .* sampling.heun",
         ),
-        "a measurement without noise at data": (inverse(sampling.heun), r"spread r_t is .*0.* at t = 1.0, .* solvers.heun\(path\)"),
+        "a measurement without noise at data": (measured(sampling.heun), r"spread r_t is .*0.* at t = 1.0, .* sampling.path_heun\(path\)"),
         "a path of a flat source": (
             lambda: targets.change_path(lambda x, t: 0 * x, source=POLYNOMIAL, target=PATH)(X, 0.0),
             "the .* does not follow from the velocity at t = 0",
@@ -812,7 +842,7 @@ def inverse(step, last=None):
         "a path that does not rise": (lambda: paths.Polynomial(0.0), "power is 0.0, but it is the power of t"),
         "a path that falls": (lambda: paths.VariancePreserving(-1.0), "rate_min is -1.0"),
         "an operator that adds": (
-            lambda: guidance.linear_inverse(PATH, VELOCITY, lambda x: x + 1, X)(X, 0.5),
+            lambda: inverse.linear_inverse(PATH, VELOCITY, lambda x: x + 1, X)(X, 0.5),
             "The operator of 0 is not 0",
         ),
         "numbers below float32": (lambda: metrics.energy_distance(1e-30 * np.eye(3), np.zeros((3, 3))), "are 0 in float32"),
@@ -827,11 +857,13 @@ def test_wrong_calls_of_several_parts_are_named(call, message):
 
 def test_calls_beside_them_are_right():
     """What stands in the errors above as the cure."""
-    assert jnp.isfinite(diffused(VP, sampling.churn(solvers.heun))()[0]).all()
-    assert jnp.isfinite(diffused(POLYNOMIAL, sampling.ancestral, times=times.grid(4, 0.002))()[0]).all()
-    assert jnp.isfinite(diffused(PATH, sampling.predictor_corrector(sampling.stochastic_heun), last=sampling.mean)()[0]).all()
-    for step, last in ((sampling.heun, sampling.euler), (solvers.heun(PATH), None), (sampling.midpoint, None)):
-        assert jnp.isfinite(inverse(step, last)()[0]).all()
+    assert jnp.isfinite(diffused(VP, sampling.churn(sampling.path_heun))()[0]).all()
+    assert jnp.isfinite(diffused(POLYNOMIAL, sampling.ancestral, times=times.uniform_grid(4, 0.002))()[0]).all()
+    assert jnp.isfinite(
+        diffused(PATH, sampling.predictor_corrector(sampling.stochastic_heun), last=sampling.euler_maruyama_noiseless)()[0]
+    ).all()
+    for step, last in ((sampling.heun, sampling.euler), (sampling.path_heun(PATH), None), (sampling.midpoint, None)):
+        assert jnp.isfinite(measured(step, last)()[0]).all()
     # Distances of large numbers that differ little, and derivatives where points are the same.
     x, y = np.float64(1e8) + np.eye(3), np.float64(1e8) + 2 * np.eye(3)
     for metric in (metrics.energy_distance, functools.partial(metrics.sliced_wasserstein, KEY), metrics.wasserstein):
@@ -840,7 +872,7 @@ def test_calls_beside_them_are_right():
     assert jnp.isfinite(jax.grad(metrics.energy_distance)(X, X)).all()
     # Sums over large images in half precision.
     large = jnp.full((2, 70_000), 2, jnp.float16)
-    np.testing.assert_allclose(guidance.zero_star(large, large, 3.0), 2, rtol=1e-3)
+    np.testing.assert_allclose(guidance.cfg_zero_star(large, large, 3.0), 2, rtol=1e-3)
 
 
 if __name__ == "__main__":

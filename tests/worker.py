@@ -44,7 +44,7 @@ def main(given):
         at = f"localhost:{config['port']}"
         parallel.initialize(at, config["processes"], config["index"], connect=config["connect"], timeout=config["timeout"])
     mesh = parallel.mesh()
-    model, optimizer = mlp.MLP(width=64, depth=2), optax.adam(1e-3)
+    model, optimizer = mlp.MLP(hidden_size=64, depth=2), optax.adam(1e-3)
     points = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
 
     def loss_fn(params, key, batch):
@@ -57,7 +57,7 @@ def main(given):
         return training.init(model.init(jax.random.key(0), points[:1], 0.5), optimizer)
 
     pmapped = config["way"] == "pmap"
-    rule = {"fully_sharded": lambda tree, mesh: parallel.fully_sharded(tree, mesh, smallest=16)}.get(config["way"], parallel.replicated)
+    rule = {"fully_sharded": lambda tree, mesh: parallel.fully_sharded(tree, mesh, min_size=16)}.get(config["way"], parallel.replicated)
     step = training.make_step(loss_fn, optimizer, axis_name=parallel.AXIS if pmapped else None, ema_decay=0.9)
     step = parallel.pmap(step, mesh) if pmapped else step
     state = parallel.create(make, mesh, rule)

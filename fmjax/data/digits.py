@@ -5,7 +5,7 @@ import numpy as np
 CLASSES = 10
 
 
-def load(held_out=0.2, seed=0):
+def load(held_out=0.2, seed=0) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The digits, split at random with the same share of every class.
 
     Args:
@@ -22,7 +22,7 @@ def load(held_out=0.2, seed=0):
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError("data.digits needs scikit-learn: pip install 'fmjax[data]'") from error
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = (pixels.reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
     labels = labels.astype(np.int32)
     train, test = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=seed, stratify=labels)

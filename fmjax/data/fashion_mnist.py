@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 real pictures of clothes, 28 x 28 pixels, in ten classes (Xiao, Rasul and Vollgraf 2017)."""
+"""Fashion-MNIST: 70,000 real pictures of clothes, 28 x 28 pixels, in ten classes (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747)."""
 
 import gzip
 import hashlib
@@ -34,7 +34,7 @@ FILES = {
 }
 
 
-def load(folder=None):
+def load(folder=None) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Fashion-MNIST, split as published.
 
     Args:
@@ -54,7 +54,7 @@ def load(folder=None):
     return _part(Path(folder), "train"), _part(Path(folder), "t10k")
 
 
-def read_idx(file, dimensions):
+def read_idx(file, dimensions) -> np.ndarray:
     """The array in an idx file of bytes: a big-endian header of magic number and lengths, then the values.
 
     Args:

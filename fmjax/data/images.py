@@ -41,14 +41,14 @@ class Source:
         return self.read(index)
 
 
-def scale(pixels):
+def scale(pixels) -> np.ndarray:
     """Pixels of any shape, uint8 in [0, 255], as float32 in [-1, 1]."""
     if pixels.dtype != np.uint8:
         raise TypeError(f"The pixels have dtype {pixels.dtype}; expected uint8, which goes from 0 to 255: cast them.")
     return pixels.astype(np.float32) / 127.5 - 1
 
 
-def arrays(images, labels):
+def arrays(images, labels) -> Source:
     """A source over arrays in memory, such as `digits.load` returns.
 
     Args:
@@ -64,7 +64,7 @@ def arrays(images, labels):
     return Source(len(images), functools.partial(_pair, images, labels))
 
 
-def folder(root, *, size, channels=3, skip_broken=False):
+def folder(root, *, size, channels=3, skip_broken=False) -> Source:
     """A source over `root/<class>/**/<image>`: png, jpg, jpeg, bmp, webp or gif (its first frame), turned as EXIF says.
 
     The classes are the sorted names of the folders in `root`; if it has none, the images in it are one class, named after
@@ -86,7 +86,7 @@ def folder(root, *, size, channels=3, skip_broken=False):
     _check(size, channels)
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; expected one of images, or of one folder of images a class.")
+        raise FileNotFoundError(f"{root} is not a folder; expected one of images, or of one folder of images per class.")
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     beside = _images_in(root, root.iterdir())
     if classes and beside:
@@ -108,7 +108,7 @@ def folder(root, *, size, channels=3, skip_broken=False):
     return Source(len(files), functools.partial(_read_file, files, size, channels), names, tuple(broken))
 
 
-def records(source, *, size, channels=3, image="image", label="label"):
+def records(source, *, size, channels=3, image="image", label="label") -> Source:
     """A source over anything that indexes to mappings, as the data sets of Hugging Face and TFDS do.
 
         images.records(datasets.load_dataset("zalando-datasets/fashion_mnist", split="train"), size=28, channels=1)
@@ -214,7 +214,7 @@ def _square(picture, size, channels):
         # Pillow would clip sixteen bits to eight.
         picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     elif picture.mode in ("I", "F"):
-        raise ValueError(f"The image has the mode {picture.mode}, of 32 bits; expected 8 or 16 bits a channel: convert it.")
+        raise ValueError(f"The image has the mode {picture.mode}, of 32 bits; expected 8 or 16 bits per channel: convert it.")
     side = min(picture.size)
     # Whole pixels, so that a square of the wanted size comes out as it is.
     left, top = ((length - side) // 2 for length in picture.size)

@@ -20,7 +20,7 @@ REAL = "biuf"
 """Kinds of NumPy's dtypes that float32 can stand for."""
 
 
-def write(file, arrays, labels):
+def write(file, arrays, labels) -> None:
     """Writes pairs to a file, all of them or none.
 
     Args:
@@ -44,7 +44,7 @@ def write(file, arrays, labels):
             writer.close()
 
 
-def read(paths):
+def read(paths) -> images.Source:
     """A source over files of `write`, one after another, as for `data.pipeline`.
 
     Args:

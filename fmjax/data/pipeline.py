@@ -1,4 +1,4 @@
-"""The way from a source to the device: batches in a reproducible order that can be stopped and resumed.
+"""Pipeline: batches from a source to the device, in a reproducible order that can be stopped and resumed.
 
     source = images.folder("photos", size=64)
     stream = pipeline.to_device(pipeline.batches(source, 128))
@@ -8,12 +8,14 @@ the one that would have come.
 """
 
 import collections
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 
-def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, process_index=None, process_count=None):
-    """An iterator of batches, read ahead of need.
+def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, process_index=None, process_count=None) -> Iterator:
+    """An iterator of batches, prefetched.
 
     Each epoch is another permutation of the source, of which the last `len(source) % size` are left out. The parts of all
     processes, one after another, are the same batches for any number of them.
@@ -24,7 +26,7 @@ def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, proce
       seed: of the order.
       epochs: how many, or None to go on for ever.
       shuffle: whether to; else the order is the source's.
-      threads: that read, each a batch; 0 reads when asked, which is quickest for arrays in memory.
+      threads: how many read, one batch each; 0 reads when asked, which is quickest for arrays in memory.
       process_index: of this process, by default JAX's.
       process_count: by default JAX's.
     Returns:
@@ -81,7 +83,7 @@ class _Batches:
         self._iterator.close()
 
 
-def split(source, count, *, seed=0):
+def split(source, count, *, seed=0) -> tuple[Any, Any]:
     """A source in two: examples to train on, and `count` at random that are held out.
 
     Args:
@@ -108,28 +110,28 @@ def _grain():
     return grain
 
 
-def to_device(iterator, *, ahead=2, sharding=None):
-    """The batches of an iterator as JAX arrays, in their order, some on their way to the device before they are needed.
+def to_device(iterator, *, prefetch=2, sharding=None) -> Iterator:
+    """The batches of an iterator as JAX arrays, in their order, prefetched to the device.
 
     Args:
       iterator: of pytrees of numpy arrays; those of `batches` can be resumed.
-      ahead: how many batches are on their way while one is used.
+      prefetch: how many batches are sent to the device while one is used.
       sharding: of the global arrays, of which each process holds its part; by default they go to the default device.
     Returns:
       An iterator. Where the given one has `get_state()` and `set_state(state)`, as those of `batches` have, so has this: the state is that
-      after the batch it gave last, whatever is on its way.
+      after the batch it gave last, whatever is prefetched.
     Raises:
-      ValueError: if ahead is negative.
+      ValueError: if prefetch is negative.
     """
-    if ahead < 0:
-        raise ValueError(f"ahead is {ahead}; expected 0 or more.")
+    if prefetch < 0:
+        raise ValueError(f"prefetch is {prefetch}; expected 0 or more.")
     iterator = iter(iterator)
-    return (_Resumable if hasattr(iterator, "get_state") else _Ahead)(iterator, ahead, sharding)
+    return (_Resumable if hasattr(iterator, "get_state") else _Prefetched)(iterator, prefetch, sharding)
 
 
-class _Ahead:
-    def __init__(self, iterator, ahead, sharding):
-        self._iterator, self._ahead, self._sharding = iterator, ahead, sharding
+class _Prefetched:
+    def __init__(self, iterator, prefetch, sharding):
+        self._iterator, self._prefetch, self._sharding = iterator, prefetch, sharding
         self._waiting = collections.deque()
         # None while nothing was drawn: then the iterator's own state holds.
         self._state = None
@@ -140,7 +142,7 @@ class _Ahead:
     def __next__(self):
         if self._state is None:
             self._state = self._drawn()
-        while len(self._waiting) <= self._ahead:
+        while len(self._waiting) <= self._prefetch:
             try:
                 batch = next(self._iterator)
             except StopIteration:
@@ -160,7 +162,7 @@ class _Ahead:
         return jax.tree.map(lambda part: jax.make_array_from_process_local_data(self._sharding, part), batch)
 
 
-class _Resumable(_Ahead):
+class _Resumable(_Prefetched):
     def get_state(self):
         return self._drawn() if self._state is None else self._state
 

@@ -1,1 +1,5 @@
 """Networks in Flax Linen: (x, t) or (x, t, y) to an array like x."""
+
+from fmjax.models import dit, layers, mlp, unet
+
+__all__ = ["dit", "layers", "mlp", "unet"]

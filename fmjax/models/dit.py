@@ -1,22 +1,23 @@
-"""The diffusion transformer with adaLN-Zero    (Peebles and Xie 2023; notes 004, "Diffusion Transformers").
+"""The diffusion transformer with adaLN-Zero    (Peebles and Xie 2023, arXiv:2212.09748; MIT 6.S184, "Diffusion Transformers").
 
-An image becomes a row of patches; each block is attention and a perceptron, whose normalisations are shifted and
+An image becomes a sequence of patches; each block is attention and an MLP, whose normalisations are shifted and
 scaled, and whose outputs are gated, by the embedding c of the time and the label:
 
-    h <- h + g_1 Attention(s_1 N(h) + b_1),   h <- h + g_2 Perceptron(s_2 N(h) + b_2),   (b, s - 1, g) = Dense(silu(c))
+    h <- h + g_1 Attention(s_1 N(h) + b_1),   h <- h + g_2 MLP(s_2 N(h) + b_2),   (b, s - 1, g) = Dense(silu(c))
 
 The gates and the last layer start at zero, so a block starts as the identity and the network as zero. The published sizes
-are `S`, `B`, `L` and `XL`: `XL(patch=2, classes=1000)` is DiT-XL/2. Later recipes are other modules in its places, such as
-(Li and He 2025), whose JiT-B/16 is
+are `DiT_S`, `DiT_B`, `DiT_L` and `DiT_XL`: `DiT_XL(patch_size=2, num_classes=1000)` is DiT-XL/2. Later recipes are other modules in its
+places, such as JiT (Li and He 2025, arXiv:2511.13720), whose JiT-B/16 is
 
-    B(patch=16, classes=1000, encoding=layers.Sinusoids(scale=1.0), bottleneck=128, class_tokens=32, tokens_start=4,
-      norm=layers.RMSNorm, qk_norm=layers.RMSNorm, perceptron=SwiGLU, rotary=True)
+    DiT_B(patch_size=16, num_classes=1000, time_embedding=layers.Sinusoids(scale=1.0), bottleneck=128, class_tokens=32, context_start=4,
+      norm=layers.RMSNorm, qk_norm=layers.RMSNorm, mlp_layer=SwiGLU, rotary=True)
 """
 
 import functools
 from collections.abc import Callable
 from typing import Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -28,20 +29,20 @@ _zeros = nn.initializers.zeros_init()
 
 
 class Patches(nn.Module):
-    """An image as a row of patches' features, by way of a narrow layer where there is a bottleneck    (Li and He 2025)."""
+    """The features of an image's patches, through a narrow layer where there is a bottleneck    (Li and He 2025, arXiv:2511.13720)."""
 
-    patch: int
-    width: int
+    patch_size: int
+    hidden_size: int
     bottleneck: int | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        side = (self.patch, self.patch)
-        first = self.bottleneck or self.width
+        side = (self.patch_size, self.patch_size)
+        first = self.bottleneck or self.hidden_size
         h = nn.Conv(first, side, side, "VALID", use_bias=not self.bottleneck, kernel_init=layers.as_matrix(_xavier), dtype=self.dtype)(x)
         h = h.reshape(x.shape[0], -1, first)
-        return layers.Dense(self.width, kernel_init=_xavier, dtype=self.dtype)(h) if self.bottleneck else h
+        return layers.Dense(self.hidden_size, kernel_init=_xavier, dtype=self.dtype)(h) if self.bottleneck else h
 
 
 class ContextTokens(nn.Module):
@@ -59,7 +60,7 @@ class ContextTokens(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, its softmax in float32, its queries and keys turned by angles where they are given."""
 
-    heads: int
+    num_heads: int
     norm: Callable | None = None
     dtype: jnp.dtype = jnp.float32
     implementation: Literal["xla", "cudnn"] = "xla"
@@ -68,7 +69,7 @@ class Attention(nn.Module):
     def __call__(self, h, angles=None):
         batch, tokens, width = h.shape
         qkv = layers.Dense(3 * width, kernel_init=_xavier, dtype=self.dtype)(h)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads), 2, 0)
         if self.norm is not None:
             q, k = self.norm(name="norm_q")(q), self.norm(name="norm_k")(k)
         if angles is not None:
@@ -78,27 +79,27 @@ class Attention(nn.Module):
 
 
 class GELU(nn.Module):
-    """Dense, gelu, Dense    (Peebles and Xie 2023)."""
+    """Dense, gelu, Dense    (Peebles and Xie 2023, arXiv:2212.09748)."""
 
     ratio: float = 4.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, h):
-        wide = nn.gelu(layers.Dense(int(h.shape[-1] * self.ratio), kernel_init=_xavier, dtype=self.dtype)(h), approximate=True)
-        return layers.Dense(h.shape[-1], kernel_init=_xavier, dtype=self.dtype)(wide)
+        hidden = nn.gelu(layers.Dense(int(h.shape[-1] * self.ratio), kernel_init=_xavier, dtype=self.dtype)(h), approximate=True)
+        return layers.Dense(h.shape[-1], kernel_init=_xavier, dtype=self.dtype)(hidden)
 
 
 class SwiGLU(nn.Module):
-    """Dense (silu(Dense) * Dense), two thirds as wide, so of as many parameters as the other    (Shazeer 2020)."""
+    """Dense (silu(Dense) * Dense), two thirds as many features, so of as many parameters as GELU    (Shazeer 2020, arXiv:2002.05202)."""
 
     ratio: float = 4.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, h):
-        wide = layers.Dense(2 * int(int(h.shape[-1] * self.ratio) * 2 / 3), kernel_init=_xavier, dtype=self.dtype)(h)
-        gate, value = jnp.split(wide, 2, axis=-1)
+        both = layers.Dense(2 * int(int(h.shape[-1] * self.ratio) * 2 / 3), kernel_init=_xavier, dtype=self.dtype)(h)
+        gate, value = jnp.split(both, 2, axis=-1)
         return layers.Dense(h.shape[-1], kernel_init=_xavier, dtype=self.dtype)(nn.silu(gate) * value)
 
 
@@ -107,14 +108,14 @@ def _modulate(h, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each modulated and gated by c."""
+    """Attention and an MLP, each modulated and gated by c."""
 
-    heads: int
+    num_heads: int
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     norm: Callable = layers.LayerNorm
     qk_norm: Callable | None = None
-    perceptron: Callable = GELU
+    mlp_layer: Callable = GELU
     dtype: jnp.dtype = jnp.float32
     implementation: Literal["xla", "cudnn"] = "xla"
 
@@ -123,10 +124,10 @@ class Block(nn.Module):
         width = h.shape[-1]
         modulation = layers.Dense(6 * width, kernel_init=_zeros, dtype=self.dtype, name="modulation")(nn.silu(c))[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
-        attention = Attention(self.heads, self.qk_norm, self.dtype, self.implementation, name="attention")
+        attention = Attention(self.num_heads, self.qk_norm, self.dtype, self.implementation, name="attention")
         m = attention(_modulate(self.norm(name="norm_1")(h), shift_1, scale_1), angles)
         h = h + gate_1 * nn.Dropout(self.dropout)(m, deterministic)
-        m = self.perceptron(self.mlp_ratio, self.dtype, name="mlp")(_modulate(self.norm(name="norm_2")(h), shift_2, scale_2))
+        m = self.mlp_layer(self.mlp_ratio, self.dtype, name="mlp")(_modulate(self.norm(name="norm_2")(h), shift_2, scale_2))
         return h + gate_2 * nn.Dropout(self.dropout)(m, deterministic)
 
 
@@ -134,27 +135,27 @@ class DiT(nn.Module):
     """A diffusion transformer for images of any size.
 
     `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, H, W, C) with H and W divisible
-    by the patch, t is () or (B,), y is (B,) with `classes` for no class; the output is like x, or (B, H, W, 2C) with
+    by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or (B, H, W, 2C) with
     `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
     """
 
-    patch: int = 2
-    width: int = 384
+    patch_size: int = 2
+    hidden_size: int = 384
     depth: int = 12
-    heads: int = 6
-    classes: int | None = None
+    num_heads: int = 6
+    num_classes: int | None = None
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     learn_sigma: bool = False
     """Whether the output has a second half, for a variance, as published weights of discrete-time diffusion have."""
-    encoding: nn.Module = layers.Sinusoids()
+    time_embedding: nn.Module = layers.Sinusoids()
     """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`."""
     norm: Callable = layers.LayerNorm
     """Makes the normalisations that are modulated: `layers.LayerNorm` or `layers.RMSNorm`."""
     qk_norm: Callable | None = None
     """Makes the normalisations of queries and keys, a head each: `layers.RMSNorm`."""
-    perceptron: Callable = GELU
-    """Makes the perceptrons: `GELU` or `SwiGLU`."""
+    mlp_layer: Callable = GELU
+    """Makes the MLPs: `GELU` or `SwiGLU`."""
     rotary: bool = False
     """Whether attention sees places by turning queries and keys, beside the positions that are added."""
     bottleneck: int | None = None
@@ -163,7 +164,7 @@ class DiT(nn.Module):
     """Learnt tokens before the patches."""
     class_tokens: int = 0
     """Tokens of the label before the patches."""
-    tokens_start: int = 0
+    context_start: int = 0
     """The block before which those tokens join."""
     dtype: jnp.dtype = jnp.float32
     """Of the computation; parameters are float32."""
@@ -178,33 +179,33 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True):
         self._check(x)
-        layers.check_labels(self.classes, y, x)
+        layers.check_labels(self.num_classes, y, x)
         batch, height, width, channels = x.shape
-        rows, columns = height // self.patch, width // self.patch
-        h = Patches(self.patch, self.width, self.bottleneck, self.dtype, name="patches")(x)
-        h = h + layers.grid_positions(rows, columns, self.width).astype(self.dtype)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(x)
+        h = h + layers.grid_positions(rows, columns, self.hidden_size).astype(self.dtype)
 
-        c = layers.TimeEmbedding(self.width, self.encoding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
+        c = layers.TimeEmbedding(self.hidden_size, self.time_embedding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
         label = None
-        if self.classes is not None:
-            label = layers.LabelEmbedding(self.classes, self.width, name="label")(y).astype(self.dtype)
+        if self.num_classes is not None:
+            label = layers.LabelEmbedding(self.num_classes, self.hidden_size, name="label")(y).astype(self.dtype)
             c = c + label
 
-        h = self._blocks(h, c, rows, columns, 0, range(self.tokens_start if self._tokens else self.depth), deterministic)
+        h = self._blocks(h, c, rows, columns, 0, range(self.context_start if self._tokens else self.depth), deterministic)
         if self._tokens:
             if self.register_tokens:
                 h = ContextTokens(self.register_tokens, name="registers")(h)
             if self.class_tokens:
                 h = ContextTokens(self.class_tokens, name="class_tokens")(h, label)
-            h = self._blocks(h, c, rows, columns, self._tokens, range(self.tokens_start, self.depth), deterministic)
+            h = self._blocks(h, c, rows, columns, self._tokens, range(self.context_start, self.depth), deterministic)
             h = h[:, self._tokens :]
 
-        last_modulation = layers.Dense(2 * self.width, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
+        last_modulation = layers.Dense(2 * self.hidden_size, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
         shift, scale = jnp.split(last_modulation(nn.silu(c))[:, None], 2, axis=-1)
         h = _modulate(self.norm(name="last_norm")(h), shift, scale)
         channels = channels * (1 + self.learn_sigma)
-        h = layers.Dense(self.patch**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
-        h = h.reshape(batch, rows, columns, self.patch, self.patch, channels)
+        h = layers.Dense(self.patch_size**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
+        h = h.reshape(batch, rows, columns, self.patch_size, self.patch_size, channels)
         return h.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels).astype(x.dtype)
 
     @property
@@ -213,14 +214,14 @@ class DiT(nn.Module):
 
     def _blocks(self, h, c, rows, columns, tokens, indices, deterministic):
         """The blocks of those indices."""
-        angles = layers.rotary_angles(rows, columns, self.width // self.heads, tokens) if self.rotary else None
+        angles = layers.rotary_angles(rows, columns, self.hidden_size // self.num_heads, tokens) if self.rotary else None
         module = Block
         if self.remat or self.scan:
             # A loop keeps all that its backward pass reads, where the compiler computes much of it again in blocks one by one. So only
             # the products of a loop are kept, but for those of attention, which grow with the square of the tokens.
             keep = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             module = nn.remat(Block, static_argnums=(4,), prevent_cse=not self.scan, policy=keep)
-        fields = (self.heads, self.mlp_ratio, self.dropout, self.norm, self.qk_norm, self.perceptron, self.dtype, self.attention)
+        fields = (self.num_heads, self.mlp_ratio, self.dropout, self.norm, self.qk_norm, self.mlp_layer, self.dtype, self.attention)
         block = functools.partial(module, *fields)
         if not self.scan:
             for i in indices:
@@ -237,32 +238,60 @@ class DiT(nn.Module):
 
     def _check(self, x):
         layers.require_images(x)
-        if x.shape[1] % self.patch or x.shape[2] % self.patch:
+        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
             raise ValueError(
-                f"The image of {x.shape[1]} x {x.shape[2]} pixels does not divide into patches of {self.patch} x {self.patch}."
+                f"The image of {x.shape[1]} x {x.shape[2]} pixels does not divide into patches of {self.patch_size} x {self.patch_size}."
             )
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of 4 and of the number of heads, {self.heads}.")
-        if self.rotary and self.width // self.heads % 4:
-            raise ValueError(f"rotary positions need heads of a multiple of 4 features, but {self.width} / {self.heads} is another.")
-        if self.class_tokens and self.classes is None:
-            raise ValueError(f"class_tokens is {self.class_tokens}, but the network has no classes: say classes, or register_tokens.")
-        if self._tokens and not 0 <= self.tokens_start < self.depth:
-            raise ValueError(f"tokens_start is {self.tokens_start}, but the blocks are numbered 0 to {self.depth - 1}.")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of the number of heads, {self.num_heads}.")
+        if self.rotary and self.hidden_size // self.num_heads % 4:
+            raise ValueError(
+                f"rotary positions need heads of a multiple of 4 features, but {self.hidden_size} / {self.num_heads} is another."
+            )
+        if self.class_tokens and self.num_classes is None:
+            raise ValueError(f"class_tokens is {self.class_tokens}, but the network has no classes: give num_classes, or register_tokens.")
+        if self._tokens and not 0 <= self.context_start < self.depth:
+            raise ValueError(f"context_start is {self.context_start}, but the blocks are numbered 0 to {self.depth - 1}.")
 
 
-S = functools.partial(DiT, width=384, depth=12, heads=6)
-B = functools.partial(DiT, width=768, depth=12, heads=12)
-L = functools.partial(DiT, width=1024, depth=24, heads=16)
-XL = functools.partial(DiT, width=1152, depth=28, heads=16)
+class DiT_S(DiT):
+    """`DiT` of 384 features, 12 blocks and 6 heads."""
+
+    hidden_size: int = 384
+    depth: int = 12
+    num_heads: int = 6
 
 
-def stack(params, start=0):
-    """The parameters of a DiT with `scan`, from those of its twin without.
+class DiT_B(DiT):
+    """`DiT` of 768 features, 12 blocks and 12 heads."""
+
+    hidden_size: int = 768
+    depth: int = 12
+    num_heads: int = 12
+
+
+class DiT_L(DiT):
+    """`DiT` of 1024 features, 24 blocks and 16 heads."""
+
+    hidden_size: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+
+
+class DiT_XL(DiT):
+    """`DiT` of 1152 features, 28 blocks and 16 heads."""
+
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+
+
+def stack(params, start=0) -> chex.ArrayTree:
+    """The parameters of a DiT with `scan`, from those of the same network without.
 
     Args:
       params: of a DiT, {"params": ...}.
-      start: its `tokens_start` where it has tokens before the patches.
+      start: its `context_start` where it has tokens before the patches.
     Returns:
       The same with the blocks' leaves stacked.
     """
@@ -275,8 +304,8 @@ def stack(params, start=0):
     return {**params, "params": rest}
 
 
-def unstack(params):
-    """The parameters of a DiT without `scan`, from those of its twin with: the inverse of `stack`."""
+def unstack(params) -> chex.ArrayTree:
+    """The parameters of a DiT without `scan`, from those of the same network with it: the inverse of `stack`."""
     out = {}
     for name, value in params["params"].items():
         if name.startswith("blocks_"):

@@ -1,16 +1,18 @@
 """Layers that the networks share: embeddings of times, labels and positions, and normalisations.
 
-An encoding of the time is a module `(B,) -> (B, width)` without the network behind it:
+An embedding of the time is a module `(B,) -> (B, features)` without the network behind it:
 
-    Sinusoids           [cos(1000 t w_i), sin(1000 t w_i)],             w_i = 10000^(-2i / width)               (1)
-    Fourier             sqrt(2 / width) [cos(2 pi t w_i), sin(2 pi t w_i)],  w_i from lowest to highest         (2)
+    Sinusoids           [cos(1000 t w_i), sin(1000 t w_i)],             w_i = 10000^(-2i / features)               (1)
+    Fourier             sqrt(2 / features) [cos(2 pi t w_i), sin(2 pi t w_i)],  w_i from lowest to highest         (2)
     LearnableFourier    the same with learnt w_i                                                                (3)
 
 The norm of (2) and (3) is exactly 1, since cos^2 + sin^2 = 1.
 """
 
 import math
+from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from jax.core import Tracer
 from fmjax import paths
 
 
-def as_matrix(initializer):
+def as_matrix(initializer) -> Callable:
     """An initialiser of a convolution's kernel as the matrix from a patch to its features.
 
     Its numbers are those of the kernel itself, but XLA compiles the drawing of a matrix in a fifth of the time.
@@ -33,7 +35,7 @@ def as_matrix(initializer):
     return lambda key, shape, dtype=jnp.float32: initializer(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
 
 
-def batch_times(t, x):
+def batch_times(t, x) -> chex.ArrayDevice:
     """One time per example, (B,), float32, from a time or one per example."""
     t = paths.lift(t, x)
     return jnp.broadcast_to(t.reshape(t.shape[:1]), x.shape[:1]).astype(jnp.float32)
@@ -44,9 +46,9 @@ def _waves(phase):
 
 
 class Sinusoids(nn.Module):
-    """Cosines and sines at frequencies that fall geometrically from 1 to 1 / max_period    (1) (Peebles and Xie 2023)."""
+    """Cosines and sines at frequencies that fall geometrically from 1 to 1 / max_period    (1) (Peebles and Xie 2023, arXiv:2212.09748)."""
 
-    width: int = 256
+    features: int = 256
     scale: float = 1000.0
     """Multiplies t in [0, 1]: published discrete-time networks count to 1000."""
     max_period: float = 10_000.0
@@ -54,98 +56,98 @@ class Sinusoids(nn.Module):
 
     @nn.compact
     def __call__(self, t):
-        _require_even(self.width)
-        half = self.width // 2
+        _require_even(self.features)
+        half = self.features // 2
         return _waves(self.scale * t[:, None] * self.max_period ** (-jnp.arange(half, dtype=jnp.float32) / half)[None])
 
 
 class Fourier(nn.Module):
     """Cosines and sines at frequencies that rise geometrically, of norm 1    (2) (the course's notes of 2026).
 
-    w_i = lowest (highest / lowest)^((i - 1) / (width / 2 - 1)),  i = 1 ... width / 2, in periods over [0, 1]
+    w_i = lowest (highest / lowest)^((i - 1) / (features / 2 - 1)),  i = 1 ... features / 2, in periods over [0, 1]
     """
 
-    width: int = 256
+    features: int = 256
     lowest: float = 0.25
     """A quarter of a wave over [0, 1], so that no two times look alike."""
     highest: float = 256.0
 
     @nn.compact
     def __call__(self, t):
-        _require_even(self.width)
-        frequencies = np.geomspace(self.lowest, self.highest, self.width // 2, dtype=np.float32)
-        return np.sqrt(2 / self.width, dtype=np.float32) * _waves(2 * np.pi * t[:, None] * frequencies[None])
+        _require_even(self.features)
+        frequencies = np.geomspace(self.lowest, self.highest, self.features // 2, dtype=np.float32)
+        return np.sqrt(2 / self.features, dtype=np.float32) * _waves(2 * np.pi * t[:, None] * frequencies[None])
 
 
 class LearnableFourier(nn.Module):
     """Cosines and sines at learnt frequencies, normal at the start, of norm 1    (3) (the course's third lab)."""
 
-    width: int = 256
+    features: int = 256
     spread: float = 1.0
     """The standard deviation of the first frequencies, in periods over [0, 1]."""
 
     @nn.compact
     def __call__(self, t):
-        _require_even(self.width)
-        frequencies = self.param("frequencies", nn.initializers.normal(self.spread), (self.width // 2,))
-        return np.sqrt(2 / self.width, dtype=np.float32) * _waves(2 * np.pi * t[:, None] * frequencies[None])
+        _require_even(self.features)
+        frequencies = self.param("frequencies", nn.initializers.normal(self.spread), (self.features // 2,))
+        return np.sqrt(2 / self.features, dtype=np.float32) * _waves(2 * np.pi * t[:, None] * frequencies[None])
 
 
 def _require_even(width):
     if width % 2 or width < 2:
-        raise ValueError(f"The encoding has width {width}, but cosines and sines need an even one.")
+        raise ValueError(f"The time embedding has {width} features, but cosines and sines need an even one.")
 
 
 class TimeEmbedding(nn.Module):
-    """An encoding of the time through a two-layer network    (Peebles and Xie 2023)."""
+    """An embedding of the time through a two-layer network    (Peebles and Xie 2023, arXiv:2212.09748)."""
 
-    width: int
-    encoding: nn.Module = Sinusoids()
+    features: int
+    frequency_embedding: nn.Module = Sinusoids()
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, t):
-        h = self.encoding(t).astype(self.dtype)
-        h = nn.silu(nn.Dense(self.width, kernel_init=self.kernel_init, dtype=self.dtype)(h))
-        return nn.Dense(self.width, kernel_init=self.kernel_init, dtype=self.dtype)(h)
+        h = self.frequency_embedding(t).astype(self.dtype)
+        h = nn.silu(nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype)(h))
+        return nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype)(h)
 
 
 class LabelEmbedding(nn.Module):
-    """A table with a row a class and one more, the last, for no class.
+    """A table with one vector per class and one more, the last, for no class.
 
-    A label outside [0, classes] is an error where its value is known, and gives nan inside a compiled function.
+    A label outside [0, num_classes] is an error where its value is known, and gives nan inside a compiled function.
     """
 
-    classes: int
-    width: int
+    num_classes: int
+    features: int
 
     @nn.compact
     def __call__(self, y):
-        table = self.param("embedding", nn.initializers.normal(0.02), (self.classes + 1, self.width))
+        table = self.param("embedding", nn.initializers.normal(0.02), (self.num_classes + 1, self.features))
         y = jnp.asarray(y)
         if not jnp.issubdtype(y.dtype, jnp.integer):
-            raise TypeError(f"y has dtype {y.dtype}, but labels are integers from 0 to {self.classes} (the last means no class).")
-        if jnp.iinfo(y.dtype).max < self.classes:
+            raise TypeError(f"y has dtype {y.dtype}, but labels are integers from 0 to {self.num_classes} (the last means no class).")
+        if jnp.iinfo(y.dtype).max < self.num_classes:
             raise TypeError(
-                f"y has dtype {y.dtype}, which ends at {jnp.iinfo(y.dtype).max}, but labels are 0 to {self.classes} (the last means no "
+                f"y has dtype {y.dtype}, which ends at {jnp.iinfo(y.dtype).max}, but labels are 0 to {self.num_classes} (the last means no "
                 "class): convert it with .astype(jnp.int32) before larger ones wrap around."
             )
         if not isinstance(y, Tracer) and y.is_fully_addressable:
-            wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) > self.classes)]
+            wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) > self.num_classes)]
             if wrong.size:
                 raise ValueError(
-                    f"label {wrong.flat[0]} is out of range: labels are 0 to {self.classes - 1}, and {self.classes} means no class."
+                    f"label {wrong.flat[0]} is out of range: labels are 0 to {self.num_classes - 1}, and {self.num_classes} means no class."
                 )
         return jnp.asarray(table).at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def check_labels(classes, y, x):
-    """Raises unless there is one label an example where a network has classes, and none where it has not."""
+def check_labels(classes, y, x) -> None:
+    """Raises unless there is one label per example where a network has classes, and none where it has not."""
     if classes is None and y is not None:
         raise ValueError(
             f"y has shape {jnp.shape(y)}, but this network was made without classes and has no null label either: it cannot be "
-            "guided. Make it with `classes`, or leave y out."
+            "guided. Make it with `num_classes`, or leave y out."
         )
     if classes is not None and (y is None or jnp.shape(y) != x.shape[:1]):
         given = "none" if y is None else f"shape {jnp.shape(y)}"
@@ -153,7 +155,7 @@ def check_labels(classes, y, x):
         raise ValueError(f"This network has classes and needs one label per example, y of shape {x.shape[:1]}, got {given}{cure}.")
 
 
-def require_images(x):
+def require_images(x) -> None:
     """Raises unless x is a batch of images."""
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}, but this network takes images, (B, H, W, C).")
@@ -169,32 +171,32 @@ class Dense(nn.Dense):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation without parameters, in float32    (Ba et al. 2016)."""
+    """Layer normalisation without parameters, in float32    (Ba et al. 2016, arXiv:1607.06450)."""
 
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, h):
-        wide = h.astype(jnp.float32)
-        wide = wide - wide.mean(-1, keepdims=True)
-        return (wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)).astype(h.dtype)
+        x = h.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        return (x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)).astype(h.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square, and a learnt scale, in float32    (Zhang and Sennrich 2019)."""
+    """Division by the root mean square, and a learnt scale, in float32    (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, h):
         scale = jnp.asarray(self.param("scale", nn.initializers.ones_init(), h.shape[-1:]))
-        wide = h.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)
-        return (wide * scale.reshape((1,) * (h.ndim - 1) + scale.shape)).astype(h.dtype)
+        x = h.astype(jnp.float32)
+        x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
+        return (x * scale.reshape((1,) * (h.ndim - 1) + scale.shape)).astype(h.dtype)
 
 
 class GroupNorm(nn.Module):
-    """Normalisation of groups of channels over an image, with a learnt scale and shift, in float32    (Wu and He 2018)."""
+    """Normalisation of groups of channels of an image, a learnt scale and shift, in float32    (Wu and He 2018, arXiv:1803.08494)."""
 
     groups: int = 32
     epsilon: float = 1e-5
@@ -205,21 +207,21 @@ class GroupNorm(nn.Module):
         scale = jnp.asarray(self.param("scale", nn.initializers.ones_init(), (channels,))).reshape(1, 1, 1, -1)
         bias = jnp.asarray(self.param("bias", nn.initializers.zeros_init(), (channels,))).reshape(1, 1, 1, -1)
 
-        def group_means(wide):
-            means = wide.mean((1, 2)).reshape(h.shape[0], self.groups, -1).mean(-1)
+        def group_means(x):
+            means = x.mean((1, 2)).reshape(h.shape[0], self.groups, -1).mean(-1)
             return jnp.repeat(means, channels // self.groups, axis=-1)[:, None, None]
 
-        wide = h.astype(jnp.float32)
-        mean = group_means(wide)
+        x = h.astype(jnp.float32)
+        mean = group_means(x)
         # The variance does not change with the mean to first order, so its gradient need not go through that: a pass less.
         # What is zero here is what it changes to second order.
         fixed = jax.lax.stop_gradient(mean)
-        variance = group_means((wide - fixed) ** 2) - (mean - fixed) ** 2
-        return ((wide - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(h.dtype)
+        variance = group_means((x - fixed) ** 2) - (mean - fixed) ** 2
+        return ((x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(h.dtype)
 
 
-def grid_positions(height, width, features):
-    """Fixed sine-cosine positions of a grid of patches: half the features for the column, half for the row    (Peebles and Xie 2023).
+def grid_positions(height, width, features) -> np.ndarray:
+    """Fixed sine-cosine positions of a grid of patches, half the features per axis    (Peebles and Xie 2023, arXiv:2212.09748).
 
     Args:
       height: rows.
@@ -230,12 +232,12 @@ def grid_positions(height, width, features):
     """
     frequencies = 10_000.0 ** (-np.arange(features // 4) / (features // 4))
     row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    phases = [place.reshape(-1, 1) * frequencies for place in (column, row)]
+    phases = [axis.reshape(-1, 1) * frequencies for axis in (column, row)]
     return np.concatenate([wave(phase) for phase in phases for wave in (np.sin, np.cos)], axis=-1)[None].astype(np.float32)
 
 
-def rotary_angles(height, width, features, before=0):
-    """Angles by which attention turns pairs of features: half the pairs for the row, half for the column    (Su et al. 2021).
+def rotary_angles(height, width, features, before=0) -> np.ndarray:
+    """Angles by which attention turns pairs of features, half the pairs per axis    (Su et al. 2021, arXiv:2104.09864).
 
     Args:
       height: rows of patches.
@@ -248,14 +250,14 @@ def rotary_angles(height, width, features, before=0):
     quarter = features // 4
     frequencies = 10_000.0 ** (-np.arange(quarter) / quarter)
     row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    grid = np.concatenate([place.reshape(-1, 1) * frequencies for place in (row, column)], axis=-1)
+    grid = np.concatenate([axis.reshape(-1, 1) * frequencies for axis in (row, column)], axis=-1)
     return np.concatenate([np.zeros((before, 2 * quarter)), grid]).astype(np.float32)
 
 
-def rotate(h, angles):
+def rotate(h, angles) -> chex.ArrayDevice:
     """Turns neighbouring pairs of features by angles, in float32: products of two results depend on differences of places alone.
 
-    (h_2i, h_2i+1) <- (cos a_i h_2i - sin a_i h_2i+1, sin a_i h_2i + cos a_i h_2i+1)    (Su et al. 2021, (34))
+    (h_2i, h_2i+1) <- (cos a_i h_2i - sin a_i h_2i+1, sin a_i h_2i + cos a_i h_2i+1)    (Su et al. 2021, arXiv:2104.09864, (34))
 
     Args:
       h: queries or keys, (B, tokens, heads, features).

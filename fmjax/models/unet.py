@@ -1,21 +1,24 @@
-"""The U-Net with residual blocks and attention    (Ho et al. 2020; Dhariwal and Nichol 2021, "ADM"; notes 004, "U-Nets").
+"""The U-Net with residual blocks and attention.
 
-On the way down an image is halved level by level and its channels grow; on the way up it is doubled, and every block also
-sees what the way down had there. A residual block adds the embedding e of the time and the label between its convolutions,
+(Ho et al. 2020, arXiv:2006.11239; Dhariwal and Nichol 2021, arXiv:2105.05233, "ADM"; MIT 6.S184, "U-Nets")
+
+Going down, an image is halved level by level and its channels grow; going up it is doubled, and every block also sees what
+was there going down. A residual block adds the embedding e of the time and the label between its convolutions,
 or scales and shifts by it:
 
     r(h, e) = Skip(h) + Conv(silu(N(Conv(silu(N(h))) + Dense(silu(e))))),   N = GroupNorm in float32
 
 The layers, their paddings, their order of channels and their constants are those of the published PyTorch networks, so that
 their weights fit. The defaults are torchcfm's network for CIFAR-10, but for the scale of its time; the course's third lab is
-`LAB`; ADM's for ImageNet at 256 pixels, which counts its time to 1000, is
+`LabUNet`; ADM's for ImageNet at 256 pixels, which counts its time to 1000, is
 
-    UNet(width=256, multipliers=(1, 1, 2, 2, 4, 4), attention=(8, 16, 32), scale_shift=True, resample_blocks=True,
-         learn_sigma=True, dropout=0.0)
+    UNet(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(8, 16, 32), scale_shift_norm=True,
+         resblock_updown=True, learn_sigma=True, dropout=0.0)
 """
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -28,7 +31,7 @@ _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _zeros = nn.initializers.zeros_init()
 
 
-def convolve(x, kernel, stride=1):
+def convolve(x, kernel, stride=1) -> chex.ArrayDevice:
     """A 3 x 3 convolution with a border of zeros. A stride of 2 begins at the first pixel, as PyTorch's does and "SAME" does not.
 
     Args:
@@ -69,7 +72,7 @@ class Residual(nn.Module):
 
     channels: int
     dropout: float = 0.0
-    scale_shift: bool = False
+    scale_shift_norm: bool = False
     groups: int = 32
     dtype: jnp.dtype = jnp.float32
 
@@ -81,9 +84,9 @@ class Residual(nn.Module):
             h, skip = resample(h), resample(skip)
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(h)
         norm = layers.GroupNorm(self.groups, name="norm_out")
-        e = layers.Dense(self.channels * (1 + self.scale_shift), kernel_init=_uniform, dtype=self.dtype, name="embedding")(nn.silu(e))
+        e = layers.Dense(self.channels * (1 + self.scale_shift_norm), kernel_init=_uniform, dtype=self.dtype, name="embedding")(nn.silu(e))
         e = e[:, None, None]
-        if self.scale_shift:
+        if self.scale_shift_norm:
             scale, shift = jnp.split(e, 2, axis=-1)
             h = norm(h) * (1 + scale) + shift
         else:
@@ -98,7 +101,7 @@ class Residual(nn.Module):
 class PixelAttention(nn.Module):
     """Self-attention among pixels, added to them; the channels of its first layer go by head, then q, k, v."""
 
-    heads: int
+    num_heads: int
     groups: int = 32
     dtype: jnp.dtype = jnp.float32
 
@@ -106,7 +109,7 @@ class PixelAttention(nn.Module):
     def __call__(self, h):
         batch, height, width, channels = h.shape
         qkv = layers.Dense(3 * channels, kernel_init=_uniform, dtype=self.dtype, name="qkv")(layers.GroupNorm(self.groups, name="norm")(h))
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, self.heads, 3, channels // self.heads), 3, 0)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, self.num_heads, 3, channels // self.num_heads), 3, 0)
         out = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
         return h + layers.Dense(channels, kernel_init=_zeros, dtype=self.dtype, name="out")(out)
 
@@ -115,32 +118,32 @@ class UNet(nn.Module):
     """A U-Net for images of any size that halves often enough.
 
     `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, H, W, C) with H and W multiples of
-    2^(levels - 1), t is () or (B,), y is (B,) with `classes` for no class; the output is like x, or (B, H, W, 2C) with
+    2^(levels - 1), t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or (B, H, W, 2C) with
     `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
     """
 
-    width: int = 128
-    """Channels, times its multiplier at each level."""
-    multipliers: tuple[float, ...] = (1, 2, 2, 2)
-    """One a level."""
-    blocks: int = 2
-    """Residual blocks a level on the way down; one more on the way up."""
-    attention: tuple[int, ...] = (2,)
+    model_channels: int = 128
+    """Channels of the first level, over its multiplier."""
+    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
+    """What the channels are multiplied with at each level."""
+    num_res_blocks: int = 2
+    """Residual blocks per level going down; one more going up."""
+    attention_resolutions: tuple[int, ...] = (2,)
     """By how much an image is smaller where there is attention: 2 is 16 x 16 of 32 x 32. The middle has it unless there is none."""
-    head_width: int | None = 64
-    """Channels of a head of the attention."""
-    heads: int | None = None
-    """Heads, in place of their width."""
-    classes: int | None = None
+    head_dim: int | None = 64
+    """Channels per head of the attention."""
+    num_heads: int | None = None
+    """Heads of the attention, in place of `head_dim`."""
+    num_classes: int | None = None
     dropout: float = 0.1
-    scale_shift: bool = False
+    scale_shift_norm: bool = False
     """Whether the embedding scales and shifts what the second normalisation gives, rather than to be added before it."""
-    resample_blocks: bool = False
+    resblock_updown: bool = False
     """Whether residual blocks halve and double images, rather than convolutions."""
     learn_sigma: bool = False
     """Whether the output has a second half, for a variance, as published weights of discrete-time diffusion have."""
-    encoding: nn.Module | None = None
-    """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`; None is `layers.Sinusoids(width)`."""
+    time_embedding: nn.Module | None = None
+    """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`; None is `layers.Sinusoids(model_channels)`."""
     groups: int = 32
     """Of the normalisation; every number of channels must be a multiple."""
     dtype: jnp.dtype = jnp.float32
@@ -150,37 +153,37 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True):
-        channels = [int(self.width * multiplier) for multiplier in self.multipliers]
+        channels = [int(self.model_channels * multiplier) for multiplier in self.channel_mult]
         self._check(x, channels)
-        layers.check_labels(self.classes, y, x)
-        encoding = layers.Sinusoids(self.width) if self.encoding is None else self.encoding
-        embedding = layers.TimeEmbedding(4 * self.width, encoding, _uniform, self.dtype, name="time")
+        layers.check_labels(self.num_classes, y, x)
+        frequencies = layers.Sinusoids(self.model_channels) if self.time_embedding is None else self.time_embedding
+        embedding = layers.TimeEmbedding(4 * self.model_channels, frequencies, _uniform, self.dtype, name="time")
         e = embedding(layers.batch_times(t, x))
-        if self.classes is not None:
-            label = layers.LabelEmbedding(self.classes, 4 * self.width, name="label")(y)
+        if self.num_classes is not None:
+            label = layers.LabelEmbedding(self.num_classes, 4 * self.model_channels, name="label")(y)
             e = e + label.astype(self.dtype)
 
         remat = functools.partial(nn.remat, static_argnums=(3, 4)) if self.remat else lambda module: module
 
         def residual(h, name, width, resample=None):
-            block = remat(Residual)(width, self.dropout, self.scale_shift, self.groups, self.dtype, name=name)
+            block = remat(Residual)(width, self.dropout, self.scale_shift_norm, self.groups, self.dtype, name=name)
             return block(h, e, resample, deterministic)
 
         def attend(h, name, shrink=None):
-            if shrink not in self.attention and (shrink is not None or not self.attention):
+            if shrink not in self.attention_resolutions and (shrink is not None or not self.attention_resolutions):
                 return h
-            heads = self.heads or h.shape[-1] // self.head_width
+            heads = self.num_heads or h.shape[-1] // self.head_dim
             return (nn.remat(PixelAttention) if self.remat else PixelAttention)(heads, self.groups, self.dtype, name=name)(h)
 
         last = len(channels) - 1
         h = Conv(channels[0], dtype=self.dtype, name="in")(x)
         seen = [h]
         for level, width in enumerate(channels):
-            for i in range(self.blocks):
+            for i in range(self.num_res_blocks):
                 h = attend(residual(h, f"down_{level}_{i}", width), f"down_{level}_{i}_attention", 2**level)
                 seen.append(h)
             if level < last:
-                if self.resample_blocks:
+                if self.resblock_updown:
                     h = residual(h, f"down_{level}", width, _halve)
                 else:
                     h = Conv(width, 2, dtype=self.dtype, name=f"down_{level}")(h)
@@ -190,11 +193,11 @@ class UNet(nn.Module):
         h = residual(attend(h, "middle_attention"), "middle_1", channels[-1])
 
         for level, width in reversed(list(enumerate(channels))):
-            for i in range(self.blocks + 1):
+            for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, seen.pop()], axis=-1)
                 h = attend(residual(h, f"up_{level}_{i}", width), f"up_{level}_{i}_attention", 2**level)
             if level > 0:
-                if self.resample_blocks:
+                if self.resblock_updown:
                     h = residual(h, f"up_{level}", width, _double)
                 else:
                     h = Conv(width, dtype=self.dtype, name=f"up_{level}")(_double(h))
@@ -213,22 +216,33 @@ class UNet(nn.Module):
         for width in channels:
             if width % self.groups:
                 raise ValueError(f"A level has {width} channels, which is no multiple of the {self.groups} groups of the normalisation.")
-            if width == self.groups and not self.scale_shift:
+            if width == self.groups and not self.scale_shift_norm:
                 raise ValueError(
                     f"{width} channels in {self.groups} groups are normalised one by one, which takes away the embedding that is added "
-                    "before: use fewer groups, or scale_shift."
+                    "before: use fewer groups, or scale_shift_norm."
                 )
-        if not self.attention:
+        if not self.attention_resolutions:
             return
         at = dict(zip((2**level for level in range(len(channels))), channels, strict=True))
-        if not set(self.attention) <= set(at):
-            raise ValueError(f"attention is {self.attention}, but images are smaller by {', '.join(map(str, at))} at the levels.")
-        if (self.heads is None) == (self.head_width is None):
-            raise ValueError(f"heads is {self.heads} and head_width is {self.head_width}, but one says what the other is: leave one None.")
-        for width in (channels[-1], *(at[shrink] for shrink in self.attention)):
-            if width % (self.heads or self.head_width):
-                heads = f"{self.heads} heads" if self.heads else f"heads of {self.head_width} channels"
+        if not set(self.attention_resolutions) <= set(at):
+            raise ValueError(
+                f"attention_resolutions is {self.attention_resolutions}, but images are smaller by {', '.join(map(str, at))} at the levels."
+            )
+        if (self.num_heads is None) == (self.head_dim is None):
+            raise ValueError(
+                f"num_heads is {self.num_heads} and head_dim is {self.head_dim}, but one says what the other is: leave one None."
+            )
+        for width in (channels[-1], *(at[shrink] for shrink in self.attention_resolutions)):
+            if width % (self.num_heads or self.head_dim):
+                heads = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.head_dim} channels"
                 raise ValueError(f"Attention among {width} channels cannot have {heads}, which do not divide them.")
 
 
-LAB = functools.partial(UNet, width=32, multipliers=(1, 2, 4), attention=(), groups=8, dropout=0.0)
+class LabUNet(UNet):
+    """`UNet` as in the course's third lab: 32, 64 and 128 channels, no attention."""
+
+    model_channels: int = 32
+    channel_mult: tuple[float, ...] = (1, 2, 4)
+    attention_resolutions: tuple[int, ...] = ()
+    dropout: float = 0.0
+    groups: int = 8

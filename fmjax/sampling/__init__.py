@@ -11,56 +11,73 @@ Compile them: each call outside `jax.jit` compiles again, as in `jax.jit(lambda 
 They check a grid whose values they know: one of `fmjax.times`, or one made outside `jax.jit`; not a `jnp.linspace` inside.
 """
 
-from fmjax.sampling.scan import (
+from fmjax.sampling.adaptive import AdaptiveSolution, sample_ode_adaptive
+from fmjax.sampling.multistep import adams_bashforth, deis, dpm_solver_pp, unipc
+from fmjax.sampling.reparametrisation import ddim, edm_heun, log_snr, path_heun
+from fmjax.sampling.scan import reverse, sample_ode, sample_sde
+from fmjax.sampling.sigma import sigma_beta, sigma_decreasing, sigma_increasing_decreasing, sigma_sbdm, sigma_sqrt_beta
+from fmjax.sampling.steps import (
+    DiffusionStep,
     Multistep,
     euler,
     euler_maruyama,
+    euler_maruyama_noiseless,
     heun,
-    mean,
     midpoint,
     noise,
     ralston,
-    reverse,
     rk4,
-    sample_ode,
-    sample_sde,
     stochastic_heun,
 )
 from fmjax.sampling.stochastic import (
-    DiffusionStep,
     ancestral,
     churn,
-    extend,
     langevin,
     predictor_corrector,
     sample_diffusion,
     sde_dpm_solver_pp,
     sde_drift,
+    sde_extension,
     tweedie,
 )
 
 __all__ = [
+    "AdaptiveSolution",
     "DiffusionStep",
     "Multistep",
+    "adams_bashforth",
     "ancestral",
     "churn",
+    "ddim",
+    "deis",
+    "dpm_solver_pp",
+    "edm_heun",
     "euler",
     "euler_maruyama",
-    "extend",
+    "euler_maruyama_noiseless",
     "heun",
     "langevin",
-    "mean",
+    "log_snr",
     "midpoint",
     "noise",
+    "path_heun",
     "predictor_corrector",
     "ralston",
     "reverse",
     "rk4",
     "sample_diffusion",
     "sample_ode",
+    "sample_ode_adaptive",
     "sample_sde",
     "sde_dpm_solver_pp",
     "sde_drift",
+    "sde_extension",
+    "sigma_beta",
+    "sigma_decreasing",
+    "sigma_increasing_decreasing",
+    "sigma_sbdm",
+    "sigma_sqrt_beta",
     "stochastic_heun",
     "tweedie",
+    "unipc",
 ]

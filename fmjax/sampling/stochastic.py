@@ -5,7 +5,7 @@ t to s, (3) is solved exactly by
 
     x_s = alpha_s D + beta_s (k E + sqrt(1 - k^2) epsilon),   k = exp(-tau / 2),   tau = int_t^s sigma^2 / beta^2      (5)
 
-which is DDIM for sigma = 0 and DDPM's posterior for the reverse SDE, `diffusion.natural`, whose k is rho, the noise level at s over
+which is DDIM for sigma = 0 and DDPM's posterior for the reverse SDE, `sampling.sigma_sbdm`, whose k is rho, the noise level at s over
 that at t. (5) takes away (1 - k)^2 beta^2 g of the variance, g the part of x_0 that x does not tell: of the order of the step squared
 for k >= rho. A larger sigma, such as a constant near data, where tau grows without bound, would make that of the step's order 1. So
 k is held at rho at least, and what sigma asks beyond it is Langevin dynamics at s, whose drift and noise balance for any data,
@@ -21,6 +21,7 @@ import functools
 import warnings
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +29,9 @@ from jax import lax
 from jax.core import Tracer
 
 from fmjax import checks, paths, targets
-from fmjax.sampling import clock as clocks
-from fmjax.sampling.scan import (
+from fmjax.paths import Field
+from fmjax.sampling.checks import (
     SDE,
-    DiffusionStep,
-    Multistep,
-    PathStep,
     check_domain,
     check_drift,
     check_ends,
@@ -45,16 +43,31 @@ from fmjax.sampling.scan import (
     coefficient,
     drift_at_end,
     evaluated_at_end,
-    follow_sde,
-    noise,
     takes,
 )
+from fmjax.sampling.reparametrisation import (
+    NODES,
+    WEIGHTS,
+    Position,
+    basis_weights,
+    combine,
+    elapsed,
+    enter,
+    leave,
+    noise_kept,
+    path_heun,
+    position,
+    size,
+    squared_noise,
+)
+from fmjax.sampling.scan import follow_sde
+from fmjax.sampling.steps import DiffusionStep, Multistep, PathStep, noise
 
 
-def extend(velocity_field, score_field, sigma):
+def sde_extension(velocity_field, score_field, sigma) -> Field:
     """The SDE extension trick from a velocity and a score: a drift for `sample_sde` with the velocity's marginals.
 
-    u_t(x) + sigma_t^2 / 2 grad log p_t(x)        (3) (notes 002, "SDE extension trick"; 004, "Score Matching")
+    u_t(x) + sigma_t^2 / 2 grad log p_t(x)        (3) (MIT 6.S184, "SDE extension trick")
 
     Args:
       velocity_field: (x, t) -> u_t(x), like x.
@@ -76,11 +89,11 @@ def extend(velocity_field, score_field, sigma):
     return drift
 
 
-def sde_drift(path, velocity_field, sigma):
+def sde_drift(path, velocity_field, sigma) -> Field:
     """The SDE extension trick from a velocity alone: on a path, the score follows from it.
 
     u_t(x) + sigma_t^2 / 2 (alpha_t u_t(x) - alpha'_t x) / (beta_t (beta_t alpha'_t - alpha_t beta'_t))
-    (3) (notes 004, "Denoising Diffusion Models", whose s_t(x) prints alpha_t for alpha'_t in the denominator)
+    (3) (MIT 6.S184, "Denoising Diffusion Models", whose s_t(x) prints alpha_t for alpha'_t in the denominator)
 
     From a score alone, or from predicted noise or data, convert first:
     `sde_drift(path, targets.convert_field(path, score_field, source=targets.score, target=targets.velocity), sigma)`.
@@ -92,8 +105,8 @@ def sde_drift(path, velocity_field, sigma):
     Returns:
       A field, (x, t) -> like x, of one evaluation of `velocity_field`; its domain is beta_t > 0. It divides by beta: an error e of the
         velocity is one of about (1 + sigma_t^2 / (2 beta_t)) e near data on the linear path, and more where the velocity comes to rest
-        there, so that a sigma which does not fall with beta asks for `sample_diffusion(..., times.grid(100))`, whose `ancestral` does not
-        follow this drift.
+        there, so that a sigma which does not fall with beta asks for `sample_diffusion(..., times.uniform_grid(100))`, whose
+        `ancestral` does not follow this drift.
     """
 
     checks.path(path)
@@ -104,15 +117,15 @@ def sde_drift(path, velocity_field, sigma):
         checks.times(checks.on_path(t), checks.floats("x", x))
         u = velocity_field(x, t)
         score = targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)
-        return extend(lambda x, t: u, lambda x, t: score, sigma)(x, t)
+        return sde_extension(lambda x, t: u, lambda x, t: score, sigma)(x, t)
 
     return drift
 
 
-def langevin(score_field, sigma):
+def langevin(score_field, sigma) -> Field:
     """The drift of Langevin dynamics, under which the distribution with that score stays as it is.
 
-    sigma_t^2 / 2 grad log p(x)        (4) (notes 004, "Remark Langevin dynamics")
+    sigma_t^2 / 2 grad log p(x)        (4) (MIT 6.S184, "Langevin dynamics")
 
     Args:
       score_field: (x, t) -> grad log p(x), like x.
@@ -120,7 +133,7 @@ def langevin(score_field, sigma):
     Returns:
       A field, (x, t) -> like x, for `sample_sde` with the same sigma.
     """
-    return extend(lambda x, t: jnp.zeros_like(x), score_field, sigma)
+    return sde_extension(lambda x, t: jnp.zeros_like(x), score_field, sigma)
 
 
 _RESOLVED = 0.5
@@ -129,12 +142,12 @@ _RESOLVED = 0.5
 
 def _renewal(path, sigma, t, dt):
     """log k of (5), the a of (6), and the noise that sigma asks for over what (5) may renew, at least 1."""
-    here, there = clocks.position(path, t), clocks.position(path, t + dt)
-    inner = t + dt * jnp.asarray(clocks.NODES, dt.dtype)
+    here, there = position(path, t), position(path, t + dt)
+    inner = t + dt * jnp.asarray(NODES, dt.dtype)
     rates = (jax.vmap(sigma)(inner) / path.beta(inner)) ** 2
     # More than e^-100 of the noise never stays, and a sum without end would have no derivative.
-    tau = jnp.minimum(dt * (jnp.asarray(clocks.WEIGHTS, dt.dtype) * rates).sum(), 200)
-    rho = clocks.noise_kept(here, there)
+    tau = jnp.minimum(dt * (jnp.asarray(WEIGHTS, dt.dtype) * rates).sum(), 200)
+    rho = noise_kept(here, there)
     between_ends = rho > 0
     log_rho = jnp.log(jnp.where(between_ends, rho, 1))
     beyond = jnp.where(between_ends, tau + 2 * log_rho, 0)
@@ -150,72 +163,74 @@ def _renewed(z, slope, here, there, log_kept, excess, epsilon):
     balanced = jnp.where(excess > 0, here.noise / jnp.where(excess > 0, here.data, 1), 0)
     variance = there.noise**2 * -jnp.expm1(2 * log_kept) + 2 * excess * there.noise * there.data * balanced
     fresh = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
-    moved = clocks.ahead(here, there) + there.noise * here.data * lost
+    moved = elapsed(here, there) + there.noise * here.data * lost
     return moved * slope - there.noise * lost * z + fresh * epsilon
 
 
 @DiffusionStep
-def ancestral(path, velocity, sigma, key, x, t, dt):
-    """Data held over a step, noise renewed as sigma says: (5) and (6)    (DDPM's posterior, Ho et al. 2020, eq. 7, where sigma is
-    `diffusion.natural`).
+def ancestral(path, velocity, sigma, key, x, t, dt) -> chex.ArrayDevice:
+    """Data held over a step, noise renewed as sigma says: (5) and (6).
+
+    DDPM's posterior (Ho et al. 2020, arXiv:2006.11239, eq. 7) where sigma is `sampling.sigma_sbdm`.
 
     One evaluation, weak order 1 for every sigma, finite at noise and data; it multiplies no error of a network. Derivatives in the
     times of the grid hold for its inner ones; in an end at noise or data they leave out how much noise is kept.
     """
-    z, slope = clocks.enter(path, velocity, x, t)
+    z, slope = enter(path, velocity, x, t)
     here, there, log_kept, excess, _ = _renewal(path, sigma, t, dt)
-    return clocks.leave(path, x, z, _renewed(z, slope, here, there, log_kept, excess, noise(key, x.shape, x.dtype)), t, dt)
+    return leave(path, x, z, _renewed(z, slope, here, there, log_kept, excess, noise(key, x.shape, x.dtype)), t, dt)
 
 
-def _begin_sde_dpm_solver_pp(path, x, times):
+def _begin(path, x, times):
     check_steps(2, times)
     check_domain(path, times)
     start = jnp.full(1, 0.5, times.dtype)
-    return jnp.zeros((), int), clocks.Position(start, start), jnp.zeros((1, *x.shape), x.dtype)
+    return jnp.zeros((), int), Position(start, start), jnp.zeros((1, *x.shape), x.dtype)
 
 
-@functools.partial(DiffusionStep, init=_begin_sde_dpm_solver_pp)
-def sde_dpm_solver_pp(path, velocity, sigma, key, memory, x, t, dt):
-    """SDE-DPM-Solver++ 2M: `ancestral` with D a line through its last two values    (Lu et al. 2022b, appendix A; the integral exact,
-    the line in (1 - c)^2).
+@functools.partial(DiffusionStep, init=_begin)
+def sde_dpm_solver_pp(path, velocity, sigma, key, state, x, t, dt) -> tuple[chex.ArrayDevice, Any]:
+    """SDE-DPM-Solver++ 2M: `ancestral` with D a line through its last two values.
+
+    (Lu et al. 2022, arXiv:2211.01095, appendix A; the integral exact, the line in (1 - c)^2)
 
     z_s of (5) + w (D_j - D),  w = min(1, -2 log rho / tau) s int (1 - rho_r^(1 + kappa)) l_j',  kappa = min(tau / (-2 log rho), 1)
 
-    One evaluation; of weak order 2 for sigma up to `diffusion.natural`, of order 1 beyond, where the last values differ by noise that a
+    One evaluation; of weak order 2 for sigma up to `sampling.sigma_sbdm`, of order 1 beyond, where the last values differ by noise that a
     line would multiply, so it is taken in the share that (5) has of the noise. There is none of a higher order, for the same reason.
     """
-    index, nodes, values = memory
-    z, slope = clocks.enter(path, velocity, x, t)
+    index, nodes, values = state
+    z, slope = enter(path, velocity, x, t)
     here, there, log_kept, excess, asked = _renewal(path, sigma, t, dt)
     data = z + here.noise * slope
-    rho = clocks.noise_kept(here, there)
+    rho = noise_kept(here, there)
     log_rho = jnp.where(rho > 0, jnp.log(jnp.where(rho > 0, rho, 0.5)), -1)
     kappa = jnp.where(rho > 0, log_kept / log_rho, 0)
 
     def kernel(r, share):
-        rho_r = clocks.noise_kept(r, there)
+        rho_r = noise_kept(r, there)
         return there.data * (1 - jnp.where(rho_r > 0, jnp.exp((1 + kappa) * jnp.log(jnp.where(rho_r > 0, rho_r, 1))), 0))
 
-    weights = clocks.basis_weights(clocks.squared_noise, nodes, jnp.asarray([index > 0]), here, there, kernel) / asked
+    weights = basis_weights(squared_noise, nodes, jnp.asarray([index > 0]), here, there, kernel) / asked
     moved = _renewed(z, slope, here, there, log_kept, excess, noise(key, x.shape, x.dtype))
-    moved = moved + clocks.combine(weights, values - data[None])
-    return clocks.leave(path, x, z, moved, t, dt), (index + 1, jax.tree.map(lambda a: a[None], here), data[None])
+    moved = moved + combine(weights, values - data[None])
+    return leave(path, x, z, moved, t, dt), (index + 1, jax.tree.map(lambda a: a[None], here), data[None])
 
 
-def churn(make_step=clocks.heun):
+def churn(make_step=path_heun) -> DiffusionStep:
     """EDM's stochastic sampler: noise is added, and a step of the flow goes on from the time that has so much noise.
 
     x_r = (alpha_r + beta_r) / (alpha_t + beta) (x_t + sigma_t sqrt(h) epsilon),   beta_r / alpha_r = beta / alpha_t,
     beta^2 = beta_t^2 + min(sigma_t^2 h, beta_t^2)
-    (Karras et al. 2022, algorithm 2, whose gamma is a choice of beta, at most sqrt(2) - 1)
+    (Karras et al. 2022, arXiv:2206.00364, algorithm 2, whose gamma is a choice of beta, at most sqrt(2) - 1)
 
     Noise is exact, so the step has the flow's error from r to t + h: weak order 2 with steps of order 2 where sigma_t^2 h is small
     beside beta_t^2, and 1 where a constant sigma makes r go back by the root of h near data. No more noise is added than there is,
     as in the paper, nor than the path has.
 
     Args:
-      make_step: a function of the path that makes the step of the flow from r to t + h, `(field, x, t, dt) -> x`: `solvers.heun`,
-        `solvers.edm_heun`, `solvers.ddim`, or `lambda path: sampling.midpoint`.
+      make_step: a function of the path that makes the step of the flow from r to t + h, `(field, x, t, dt) -> x`: `sampling.path_heun`,
+        `sampling.edm_heun`, `sampling.ddim`, or `lambda path: sampling.midpoint`.
     Returns:
       A step for `sample_diffusion`, with the evaluations of the flow's step.
     Raises:
@@ -228,41 +243,41 @@ def churn(make_step=clocks.heun):
     def churned(path, velocity, sigma, key, x, t, dt):
         alpha, beta = path.alpha(t), path.beta(t)
         added = jnp.minimum(sigma(t + dt / 2) * jnp.sqrt(dt), beta)
-        first = paths.signal_at(path, jnp.zeros_like(t))
+        first = paths.signal_fraction(path, jnp.zeros_like(t))
         signal = alpha / (alpha + jnp.sqrt(beta**2 + added**2))
         # The path has no more noise than at its start, in proportion to the data.
         most = jnp.where(first > 0, alpha * (1 - first) / jnp.where(first > 0, first, 1), jnp.inf)
         beyond = signal < first
         added = jnp.where(beyond, jnp.sqrt(jnp.maximum(jnp.where(beyond, most, 0) ** 2 - beta**2, 0)), added)
         larger = alpha + jnp.sqrt(beta**2 + added**2)
-        # Without noise there is no way back, not by a rounding either.
-        r = jnp.where(added > 0, jnp.minimum(paths.time_at(path, jnp.maximum(alpha / larger, first)), t), t)
-        x_r = clocks.size(path, r) / larger * (x + added * noise(key, x.shape, x.dtype))
+        # Without noise time does not go back, not by a rounding either.
+        r = jnp.where(added > 0, jnp.minimum(paths.time_from_signal_fraction(path, jnp.maximum(alpha / larger, first)), t), t)
+        x_r = size(path, r) / larger * (x + added * noise(key, x.shape, x.dtype))
         return make_step(path)(velocity, x_r, r, t + dt - r)
 
     churned.__name__ = "churn"
     return DiffusionStep(churned, at_end=lambda path: not isinstance(make_step(path), PathStep) and evaluated_at_end(make_step(path)))
 
 
-def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1):
-    """A step, and Langevin dynamics at the time where it ends    (Song et al. 2021, algorithms 2 and 4).
+def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1) -> DiffusionStep:
+    """A step, and Langevin dynamics at the time where it ends    (Song et al. 2021, arXiv:2011.13456, algorithms 2 and 4).
 
     x + beta_s ((rho - 1) E + sqrt(1 - rho^2) epsilon),   rho = exp(-rate h), which is (4) of `fmjax.sampling` with
     sigma^2 = 2 rate beta_s^2 over a time h, D held. The paper's steps have one size r whatever h, so that their bias, of r^2, stays
     however many there are; here rate h / 2 is r^2, its norms at their expectation, so that no example meets another.
 
     Args:
-      step: the predictor: `ancestral`, `churn()`, or any other step for `sample_diffusion` that does not remember.
+      step: the predictor: `ancestral`, `churn()`, or any other step for `sample_diffusion` without a state.
       rate: how fast noise is renewed, beside what sigma renews.
       corrections: how many after each step.
     Returns:
-      A step for `sample_diffusion`, of weak order 1, with one evaluation a correction beside the predictor's.
+      A step for `sample_diffusion`, of weak order 1, with one evaluation per correction beside the predictor's.
     Raises:
       ValueError: if the rate is not positive or there is no correction.
-      TypeError: if the step is one that remembers.
+      TypeError: if the step has a state.
     """
     if isinstance(step, Multistep) or getattr(step, "init", None) is not None:
-        raise TypeError(f"step is {step!r}, which remembers its last values, but a correction changes them: take ancestral or churn().")
+        raise TypeError(f"step is {step!r}, which keeps its last values, but a correction changes them: take ancestral or churn().")
     checks.number("rate", rate, "how fast noise is renewed", least=0, above=True)
     checks.whole("corrections", corrections, "how many there are after each step")
     if not isinstance(step, DiffusionStep):
@@ -289,7 +304,7 @@ def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1):
 
 
 @DiffusionStep
-def tweedie(path, velocity, sigma, key, x, t, dt):
+def tweedie(path, velocity, sigma, key, x, t, dt) -> chex.ArrayDevice:
     """A last step to what the data are expected to be, E[x_1 | x_t], where Tweedie's formula ends    (Efron 2011; SiT's last step)."""
     return targets.convert(path, velocity(x, t), x, t, source=targets.velocity, target=targets.data)
 
@@ -301,7 +316,7 @@ def _bound(step, path, velocity, sigma):
     known = functools.partial(step.step, path, velocity, sigma)
     if step.init is None:
         return lambda drift, sigma, key, x, t, dt: known(key, x, t, dt)
-    return Multistep(functools.partial(step.init, path), lambda drift, sigma, key, memory, x, t, dt: known(key, memory, x, t, dt))
+    return Multistep(functools.partial(step.init, path), lambda drift, sigma, key, state, x, t, dt: known(key, state, x, t, dt))
 
 
 _MOST = 10
@@ -320,41 +335,43 @@ def _warn(path, sigma, times):
         warnings.warn(
             f"At t = {t:g} one step of the drift multiplies what the velocity has wrong by {float(by):.2g}, since sigma is "
             f"{float(noise_at):.2g} where little noise is left. A learnt velocity asks for a step that knows the path, such as "
-            "step=sampling.ancestral, or a sigma that falls with beta, such as diffusion.by_noise(path).",
+            "step=sampling.ancestral, or a sigma that falls with beta, such as sampling.sigma_beta(path).",
             stacklevel=3,
         )
 
 
-def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step: Any = ancestral, last: Any = None, save=None, every=1):
+def sample_diffusion(
+    path, velocity, sigma, key, x_0, times, *, step: Any = ancestral, last: Any = None, save=None, save_every=1
+) -> tuple[chex.ArrayDevice, Any]:
     """Samples a diffusion model: the SDE (3) that has the marginals of a flow, for any sigma_t, along a grid.
 
-    dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    (notes 002, "SDE extension trick"; 004, "Sampling from a Diffusion Model")
+    dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    (MIT 6.S184, "SDE extension trick")
 
-    The score follows from the velocity on the path. `diffusion.by_noise(path)` is a good sigma: it goes with the noise that is left. A
+    The score follows from the velocity on the path. `sampling.sigma_beta(path)` is a good sigma: it goes with the noise that is left. A
     constant one asks for more and more near data; `ancestral`, the default, and the other steps that know the path follow it safely on
-    any grid, such as `times.grid(100)`. `euler_maruyama` multiplies what the network gets wrong by sigma^2 / (2 beta) there, and warns.
+    any grid, such as `times.uniform_grid(100)`. `euler_maruyama` multiplies the network's error by sigma^2 / (2 beta) there, and warns.
     Outside `jax.jit` each call compiles anew.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       velocity: (x, t) -> u_t(x), like x; t is a scalar here. Another prediction is one after `targets.convert_field`.
-      sigma: the diffusion coefficient, a number or a function of t; at least 0. `fmjax.diffusion` has choices.
-      key: a typed key; or one an example, (B,), of which example i then depends on the i-th alone.
+      sigma: the diffusion coefficient, a number or a function of t; at least 0. `fmjax.sampling` has choices.
+      key: a typed key; or one per example, (B,), of which example i then depends on the i-th alone.
       x_0: noise as the path has it where the grid starts, (B, ...), any float dtype: N(0, I) where beta_0 = 1, as on all paths here,
         beta_0 times that on one of yours that has more. The state is float32 or wider.
       times: an increasing grid in [0, 1], (n + 1,).
       step: `ancestral`, `sde_dpm_solver_pp`, `churn()`, `predictor_corrector()` or a `DiffusionStep` of yours; or a step for any SDE, of
         the drift that is made here: `euler_maruyama`, `stochastic_heun`.
-      last: the last step where it is another one, as `step`: `mean`, `tweedie`.
+      last: the last step where it is another one, as `step`: `euler_maruyama_noiseless`, `tweedie`.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
-      every: keep only every so many states, a divisor of the number of steps without the last one.
+      save_every: keep only every so many states, a divisor of the number of steps without the last one.
     Returns:
       x_1, like x_0, and what was saved, as `sample_sde` gives them.
     Raises:
       TypeError: if x_0 is not of floats, the key is not typed, or the step is of another kind.
-      ValueError: if the grid does not increase or leaves the path, the keys are neither one nor one an example, the velocity's output has
+      ValueError: if the grid does not increase or leaves the path, the keys are neither one nor one per example, the velocity's output has
         another shape than x, a known end of the grid is one at which the step would meet an infinite drift or sigma, a step that
-        remembers needs more steps than there are, or `every` does not divide their number.
+        has a state needs more steps than there are, or `save_every` does not divide their number.
     """
     checks.path(path)
     checks.function("velocity", velocity, checks.FIELD)
@@ -376,4 +393,4 @@ def sample_diffusion(path, velocity, sigma, key, x_0, times, *, step: Any = ance
             check_drift(drift, sigma, x_0, times, (end,))
         if plain is not None and (end == 0 or last is not None):
             _warn(path, sigma, times[:-1] if end == 0 and last is not None else times)
-    return follow_sde(drift, sigma, key, x_0, times, bound, bound_last, save, every)
+    return follow_sde(drift, sigma, key, x_0, times, bound, bound_last, save, save_every)

@@ -7,8 +7,10 @@ A step is one pure function `(state, key, batch) -> (state, metrics)`: compile i
 with `fmjax.parallel`. A `Run` is all that a training goes on from.
 """
 
+from fmjax.training.ema import ema_exponent, post_hoc_ema, power_ema
 from fmjax.training.logs import json_lines, tensorboard
-from fmjax.training.loop import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run, check_position, check_run, fit
+from fmjax.training.loop import fit
+from fmjax.training.run import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run, check_position, check_run
 from fmjax.training.state import TrainState, check_state, init, make_step
 
 __all__ = [
@@ -21,9 +23,12 @@ __all__ = [
     "check_position",
     "check_run",
     "check_state",
+    "ema_exponent",
     "fit",
     "init",
     "json_lines",
     "make_step",
+    "post_hoc_ema",
+    "power_ema",
     "tensorboard",
 ]

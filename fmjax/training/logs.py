@@ -9,6 +9,7 @@ import os
 import secrets
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ SUFFIX = ".fmjax"
 """Of the event files that `tensorboard` writes, and removes when it writes another in their place."""
 
 
-def json_lines(file, history=()):
+def json_lines(file, history=()) -> Callable:
     """A callback of `fit` that keeps the metrics in a file, a line of JSON for each time that they are logged.
 
     Args:
@@ -33,7 +34,7 @@ def json_lines(file, history=()):
     return _log(lambda: Path(file), lambda metrics: (json.dumps(metrics) + "\n").encode(), b"", history)
 
 
-def tensorboard(folder, history=()):
+def tensorboard(folder, history=()) -> Callable:
     """A callback of `fit` that keeps the metrics in TensorBoard's files.
 
     Args:

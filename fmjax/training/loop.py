@@ -1,87 +1,26 @@
 """The loop: a run that goes from step to step, is logged and saved, and ends between two steps however it is ended."""
 
 import contextlib
-import copy
 import dataclasses
 import inspect
-import json
 import math
 import signal
-import threading
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from fmjax import checks, files
-from fmjax.progress import bar
-from fmjax.training.state import TrainState, check_state, finite_where
-
-PREEMPTED = 75
-"""The exit status of a training that SIGTERM ended, after it was saved: start it again (EX_TEMPFAIL of sysexits.h)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A training at a step: all that it goes on from."""
-
-    state: TrainState
-    """The state, of which `step` is the number of steps taken."""
-    key: jax.Array
-    """A typed key, of which step n draws from `fold_in(key, n)`."""
-    position: Any = None
-    """Where the batches are: their `get_state()`, the step where they are a function of it, or None where they have no place."""
-    history: tuple[dict[str, float], ...] = ()
-    """What was logged: the `step`, the mean of every metric since the one before, and what callbacks added."""
-    unlogged: tuple[dict[str, float], ...] = ()
-    """The metrics of each step since then."""
+from fmjax.training.batches import Batches
+from fmjax.training.progress import bar
+from fmjax.training.run import Interrupted, NonFiniteLoss, Preempted, Run, check_position, check_run
+from fmjax.training.signals import Signals
+from fmjax.training.state import finite_where
 
 
-class Preempted(SystemExit):
-    """Training stopped because the process was told to (SIGTERM), at the step of its `run`."""
-
-    def __init__(self, run):
-        super().__init__(PREEMPTED)
-        self.run = run
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training stopped by Ctrl-C, at the step of its `run`."""
-
-    def __init__(self, run):
-        super().__init__(f"at step {int(run.state.step)}")
-        self.run = run
-
-
-class NonFiniteLoss(FloatingPointError):
-    """Training stopped because a loss, a gradient, an update or a parameter was not finite; `run` is the last good one, or None."""
-
-    def __init__(self, message, run):
-        super().__init__(message)
-        self.run = run
-
-
-def check_position(position):
-    """Raises unless a place in the data is what JSON gives back as it is."""
-    try:
-        same = json.loads(json.dumps(position)) == position
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        raise TypeError(f"The batches' get_state() gives {position!r}, but a place in the data is what JSON can hold and give back.")
-
-
-def check_run(run):
-    """Raises unless it is a run, with a state that has a step and a typed key."""
-    if not isinstance(run, Run):
-        raise TypeError(f"The run is a {type(run).__name__}, but training goes on from a Run: give training.Run(state, key).")
-    check_state(run.state)
-    checks.key(run.key)
-
-
-def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, save_every=None, progress=True, trace=None, donate=False):
+def fit(
+    step, run, batches, *, steps, log_every=100, callbacks=(), save=None, save_every=None, progress=True, trace=None, donate=False
+) -> Run:
     """Trains until a run has taken `steps` steps, from wherever it is.
 
     The loop waits for the device once every `log_every` steps. A process that is told to end (SIGTERM, or Ctrl-C) ends after the step it
@@ -119,138 +58,185 @@ def fit(step, run, batches, *, steps, log_every=100, callbacks=(), save=None, sa
     check_run(run)
     checks.whole("steps", steps, "the number of steps that the state has at the end", least=0)
     checks.whole("log_every", log_every, "the number of steps between two logs")
+    _check_save(save, save_every)
+    course = _Course(step, run, batches, donate, saves=save is not None)
+    start, steps, now = course.start, max(course.start, steps), None
+    if save is not None:
+        check_position(course.batches.place())
+    with Signals() as signals:
+        try:
+            with _progress(progress, run, start, steps) as show, _Trace(trace, start + log_every, start + 2 * log_every) as tracing:
+                for n in range(start, steps + 1):
+                    if course.has_metrics() and (n % log_every == 0 or n == steps):
+                        with signals.waiting():
+                            jax.block_until_ready(course.state)
+                        now = course.good()
+                        tracing.end(n)
+                        now = course.log(now, n, callbacks, show, signals)
+                    else:
+                        show(n)
+                    if save is not None and save_every is not None and n % save_every == 0 and course.saved < n < steps:
+                        save(course.finite(course.good()), False)
+                        course.saved = n
+                    # After the last step too, so that no signal is lost.
+                    if (number := signals.at(n)) is not None:
+                        raise _ended(number, course.finite(course.whole()[0]))
+                    if n == steps:
+                        break
+                    tracing.begin(n)
+                    with signals.waiting():
+                        batch, place = course.batches.draw(n, steps), course.batches.place()
+                    now = None
+                    course.take(batch, place)
+        except BaseException as error:
+            # Without a step there is nothing new, and what was saved before stays.
+            if save is not None and course.taken() > start:
+                with files.uninterrupted():
+                    save(course.finite(course.whole()[0]), True)
+            if type(error) is KeyboardInterrupt and course.taken() >= start:
+                raise Interrupted(course.finite(course.whole()[0])) from error
+            raise
+        now = course.finite(course.good() if now is None else now)
+        if save is not None:
+            with files.uninterrupted():
+                save(now, True)
+    # One that came while it was saved.
+    if (number := signals.got()) is not None:
+        raise _ended(number, now)
+    return now
+
+
+def _check_save(save, save_every):
+    """Raises unless a run can be saved, found out now rather than when training ends."""
     if save_every is not None:
         checks.whole("save_every", save_every, "the number of steps between two saves")
     if save is not None:
         checks.function("save", save, "checkpointer.save, or lambda run, wait: ...")
         try:
             with contextlib.suppress(ValueError):
-                inspect.signature(save).bind(run, True)
+                inspect.signature(save).bind(None, True)
         except TypeError as error:
-            # Found out now rather than when training ends.
             raise TypeError(f"save is called with a run and whether to wait, which {save!r} does not take: {error}.") from error
     elif save_every is not None:
         raise ValueError(f"save_every is {save_every}, but there is no save: give a function (run, wait), such as Checkpointer.save.")
-    # A copy's number: NumPy would keep the array that is read, which then could not be donated.
-    start = int(jnp.copy(run.state.step))
-    data = _Batches(batches, run.position, start)
-    steps = max(start, steps)
-    state, alive, take = _compiled(step, run, donate)
-    before = jax.device_get(_not_finite(state))
-    if save is not None:
-        check_position(data.place())
-    # What was logged, the metrics since then, and the places before the steps of those that are still on the device, and after the last.
-    history, unlogged, pending, places = run.history, list(run.unlogged), [], [data.place()]
-    saved, now = start, None
 
-    def whole():
+
+def _ended(number, run):
+    """What a signal raises."""
+    return (Preempted if number == signal.SIGTERM else Interrupted)(run)
+
+
+def _progress(wanted, run, start, steps):
+    """A bar with the loss, where it is wanted, or nothing."""
+    if not wanted or jax.process_index() != 0:
+        return contextlib.nullcontext(lambda done, **numbers: None)
+    return bar("training", "steps", steps, start, loss=run.history[-1].get("loss", math.nan) if run.history else math.nan)
+
+
+class _Trace(contextlib.ExitStack):
+    """A trace of the steps from `first` to `last`, where there is a folder for it."""
+
+    def __init__(self, folder, first, last):
+        super().__init__()
+        self._folder, self._first, self._last = folder, first, last
+
+    def begin(self, n):
+        if self._folder is not None and n == self._first:
+            self.enter_context(jax.profiler.trace(str(self._folder)))
+
+    def end(self, n):
+        if n >= self._last:
+            self.close()
+
+
+class _Course:
+    """A run whose steps are taken on the device, and whose metrics are read later."""
+
+    def __init__(self, step, run, batches, donate, saves):
+        # A copy's number: NumPy would keep the array that is read, which then could not be donated.
+        self.start = self.saved = int(jnp.copy(run.state.step))
+        self.batches = Batches(batches, run.position, self.start)
+        self.state, self._alive, self._take = _compiled(step, run, donate)
+        self._before = jax.device_get(_not_finite(self.state))
+        # The metrics since the last log, those still on the device, and the places before each of these steps and after the last.
+        self._unlogged, self._pending, self._places = list(run.unlogged), [], [self.batches.place()]
+        self._key, self._history, self._saves = run.key, run.history, saves
+
+    def take(self, batch, place):
+        """A step; nothing waits for it."""
+        self.state, self._alive, *outcome = self._take(self.state, self._alive, self._key, batch)
+        self._pending.append(outcome)
+        self._places.append(place)
+
+    def taken(self):
+        """The steps that the state has, -1 where the step that failed took its memory with it."""
+        try:
+            return int(self.state.step)
+        except Exception:
+            return -1
+
+    def has_metrics(self):
+        """Whether there is anything to log."""
+        return bool(self._unlogged or self._pending)
+
+    def whole(self):
         """The run after its last good step, and what was wrong with the next; waits for the device."""
-        fetched = jax.device_get(pending)
+        fetched = jax.device_get(self._pending)
         good, wrong = 0, None
         for metrics, taken in fetched:
             bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
             if bad or not taken:
                 wrong = " and ".join(bad) or "a state whose step is not one more than before"
                 break
-            unlogged.append({name: float(value) for name, value in metrics.items()})
+            self._unlogged.append({name: float(value) for name, value in metrics.items()})
             good += 1
         # What was fetched is not fetched again.
-        del pending[:], places[:good]
-        return Run(state, run.key, places[0], history, tuple(unlogged)), wrong
+        del self._pending[:], self._places[:good]
+        return Run(self.state, self._key, self._places[0], self._history, tuple(self._unlogged)), wrong
 
-    def finite(run):
-        """The run, unless a step of the caller's own left in it what is not finite; looked for before it is saved or given back."""
-        counts = jax.device_get(_not_finite(run.state))
-        bad = sum(max(int(after) - int(first), 0) for after, first in zip(counts, before, strict=True))
-        if bad:
-            raise NonFiniteLoss(
-                f"{bad} numbers of the state are not finite at step {int(run.state.step)}, though its metrics are: the last good run "
-                f"is the one saved at step {saved}, if any. A step of make_step is not taken then: check what the step does after it.",
-                None,
-            )
-        return run
-
-    def good():
+    def good(self):
         """The run, all of whose steps were good."""
-        now, wrong = whole()
+        run, wrong = self.whole()
         if wrong is not None:
-            at = int(state.step)
+            at = int(self.state.step)
             advice = "Try a lower learning rate or gradient clipping, or check the data for nan and for labels out of range."
             if wrong.startswith("update_norm"):
                 advice = "The loss and its gradient are finite, so the optimiser made it: check its learning rate at this step."
             raise NonFiniteLoss(
                 f"{wrong} at step {at}: the step was not taken, and the run before it is this error's `run`"
-                f"{' and was saved' if save and at > start else ''}. {advice}",
-                now,
+                f"{' and was saved' if self._saves and at > self.start else ''}. {advice}",
+                run,
             )
-        return now
+        return run
 
-    def log(now, n):
-        """Adds to the history once every callback is done with it."""
-        nonlocal history
+    def finite(self, run):
+        """The run, unless a step of the caller's own left in it what is not finite; checked before it is saved or given back."""
+        counts = jax.device_get(_not_finite(run.state))
+        bad = sum(max(int(after) - int(before), 0) for after, before in zip(counts, self._before, strict=True))
+        if bad:
+            raise NonFiniteLoss(
+                f"{bad} numbers of the state are not finite at step {int(run.state.step)}, though its metrics are: the last good run "
+                f"is the one saved at step {self.saved}, if any. A step of make_step is not taken then: check what the step does after it.",
+                None,
+            )
+        return run
+
+    def log(self, run, n, callbacks, show, signals):
+        """The run with the mean of its metrics in its history, once every callback is done with it."""
         # Of those that a step has now; the run may have been begun with others.
-        values = {name: [each[name] for each in unlogged if name in each] for name in unlogged[-1]}
+        values = {name: [each[name] for each in self._unlogged if name in each] for name in self._unlogged[-1]}
         metrics = {"step": n} | {name: sum(each) / len(each) for name, each in values.items()}
-        now = dataclasses.replace(now, history=(*history, metrics), unlogged=())
+        run = dataclasses.replace(run, history=(*self._history, metrics), unlogged=())
         show(n, loss=metrics["loss"])
         for callback in callbacks:
             with signals.waiting():
-                callback(now, metrics)
+                callback(run, metrics)
             metrics.update({name: _number(name, value) for name, value in metrics.items()})
             if metrics.get("step") != n:
                 raise ValueError(f"A callback changed the step of the metrics to {metrics.get('step')}, which is {n}: add to them alone.")
-        history = now.history
-        unlogged.clear()
-        return now
-
-    progress = progress and jax.process_index() == 0
-    loss = run.history[-1].get("loss", math.nan) if run.history else math.nan
-    shown = bar("training", "steps", steps, start, loss=loss) if progress else contextlib.nullcontext(lambda done, **numbers: None)
-    with _Signals() as signals:
-        try:
-            with shown as show, contextlib.ExitStack() as tracing:
-                for n in range(start, steps + 1):
-                    if (unlogged or pending) and (n % log_every == 0 or n == steps):
-                        with signals.waiting():
-                            jax.block_until_ready(state)
-                        now = good()
-                        if n >= start + 2 * log_every:
-                            tracing.close()
-                        now = log(now, n)
-                    else:
-                        show(n)
-                    if save is not None and save_every is not None and n % save_every == 0 and saved < n < steps:
-                        save(finite(good()), False)
-                        saved = n
-                    # After the last step too, so that no signal is lost.
-                    if (number := signals.at(n)) is not None:
-                        raise (Preempted if number == signal.SIGTERM else Interrupted)(finite(whole()[0]))
-                    if n == steps:
-                        break
-                    if trace is not None and n == start + log_every:
-                        tracing.enter_context(jax.profiler.trace(str(trace)))
-                    with signals.waiting():
-                        batch, place = data.draw(n, steps), data.place()
-                    now = None
-                    state, alive, *outcome = take(state, alive, run.key, batch)
-                    pending.append(outcome)
-                    places.append(place)
-        except BaseException as error:
-            # Without a step there is nothing new, and what was saved before stays.
-            if save is not None and _taken(state) > start:
-                with files.uninterrupted():
-                    save(finite(whole()[0]), True)
-            if type(error) is KeyboardInterrupt and _taken(state) >= start:
-                raise Interrupted(finite(whole()[0])) from error
-            raise
-        now = finite(good() if now is None else now)
-        if save is not None:
-            with files.uninterrupted():
-                save(now, True)
-    # One that came while it was saved.
-    if (number := signals.got()) is not None:
-        raise (Preempted if number == signal.SIGTERM else Interrupted)(now)
-    return now
+        self._history = run.history
+        self._unlogged.clear()
+        return run
 
 
 def _compiled(step, run, donate):
@@ -288,14 +274,6 @@ def _distinct(state):
     return jax.tree.map(own, state)
 
 
-def _taken(state):
-    """The steps that a state has, -1 where the step that failed took its memory with it."""
-    try:
-        return int(state.step)
-    except Exception:
-        return -1
-
-
 def _not_finite(state):
     """How many numbers of each array of a state are not finite."""
     return [_count(leaf) for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
@@ -327,95 +305,3 @@ def _number(name, value):
         return value if isinstance(value, int | float) else float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"A callback added {value!r} as {name!r} to the metrics, which are numbers.") from error
-
-
-class _Batches:
-    """Batches one by one, and where they are."""
-
-    def __init__(self, batches: Any, position, step):
-        self._place = step if callable(batches) and not hasattr(batches, "__iter__") else None
-        self._start = step
-        self._batches: Any = batches
-        if self._place is None:
-            self._batches = iter(batches)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        if position is None:
-            return
-        if self._place is not None:
-            if position != step:
-                raise TypeError(
-                    f"The run's place in its batches is {position!r}, but the batches are a function of the step: give those it had."
-                )
-        elif not hasattr(self._batches, "set_state"):
-            raise TypeError(
-                f"The run's place in its batches is {position!r}, but a {type(self._batches).__name__} has no set_state: give batches that "
-                "can be set, as data.pipeline makes them, or Run(..., position=None) where they are in their place."
-            )
-        else:
-            try:
-                self._batches.set_state(copy.deepcopy(position))
-            except Exception as error:
-                raise TypeError(
-                    f"The batches could not be set to the run's place in them, {position!r} ({type(error).__name__}: {error}): give "
-                    "batches of the kind that it was saved with."
-                ) from error
-
-    def draw(self, n, steps):
-        if self._place is not None:
-            self._place = n + 1
-            return self._batches(n)
-        try:
-            return next(self._batches)
-        except StopIteration:
-            raise ValueError(
-                f"The batches ended after {n - self._start} of {steps - self._start} steps: give an iterable that repeats."
-            ) from None
-
-    def place(self):
-        """Where the next batch is."""
-        if self._place is not None or not hasattr(self._batches, "get_state"):
-            return self._place
-        return copy.deepcopy(self._batches.get_state())
-
-
-class _Signals:
-    """SIGTERM and SIGINT, which end training between two steps, where the state and the batches are at the same place."""
-
-    def __init__(self):
-        self._got, self._waiting, self._before = [], False, {}
-
-    def __enter__(self):
-        # JAX catches SIGTERM where there are several processes, and agrees with them on a step.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            caught = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._catch) for number in caught}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def at(self, n):
-        """The signal that came before step n, to this process or, where there are several, to one of them; or None."""
-        if jax.process_count() > 1:
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(n) else None
-        return self.got()
-
-    def got(self):
-        """The signal that came to this process, where JAX does not catch it; or None."""
-        return self._got[0] if self._got else None
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Here, where no step is half taken, a second SIGINT does not wait."""
-        self._waiting = True
-        try:
-            yield
-        finally:
-            self._waiting = False
-
-    def _catch(self, number, frame):
-        again = number in self._got and number == signal.SIGINT
-        self._got.append(number)
-        if again and self._waiting:
-            self._waiting = False
-            raise KeyboardInterrupt

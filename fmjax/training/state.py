@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,27 +29,27 @@ class TrainState:
     """The average of the parameters, for sampling, in float32 likewise; a tuple of them where the step keeps several."""
 
 
-def init(params, optimizer, *, averages=None):
+def init(params, optimizer, *, emas=None) -> TrainState:
     """The state before the first step.
 
     Args:
       params: the network's parameters, any pytree.
       optimizer: an optax gradient transformation.
-      averages: how many, for a step with a tuple of decays; by default one, which is no tuple.
+      emas: how many averages, for a step with a tuple of decays; by default one, which is no tuple.
     Returns:
       A `TrainState` of step 0, whose averages are copies of the parameters. Averages and the optimiser have float32 where parameters have
       half precision, numbers become arrays, and no array stands in it twice.
     Raises:
       TypeError: if the optimiser is none of optax.
-      ValueError: if `averages` is not a whole number of at least 1.
+      ValueError: if `emas` is not a whole number of at least 1.
     """
     _check_optimizer(optimizer)
-    if averages is not None:
-        checks.whole("averages", averages, "how many averages the state has, as many as the step has decays")
+    if emas is not None:
+        checks.whole("emas", emas, "how many averages the state has, as many as the step has decays")
     # A number has no dtype of its own, so that a step would change it.
     params = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, jnp.result_type(leaf)), params)
-    copies = [jax.tree.map(jnp.copy, _float32(params)) for _ in range(1 if averages is None else averages)]
-    ema = copies[0] if averages is None else tuple(copies)
+    copies = [jax.tree.map(jnp.copy, _float32(params)) for _ in range(1 if emas is None else emas)]
+    ema = copies[0] if emas is None else tuple(copies)
     seen = {id(leaf) for leaf in jax.tree.leaves(params)}
 
     def own(leaf):
@@ -64,14 +65,14 @@ def init(params, optimizer, *, averages=None):
 def _float32(tree):
     """A pytree with floats of less than float32 in float32."""
 
-    def wide(leaf):
+    def cast(leaf):
         small = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
         return jnp.asarray(leaf, jnp.float32) if small else leaf
 
-    return jax.tree.map(wide, tree)
+    return jax.tree.map(cast, tree)
 
 
-def finite_where(taken, new, old):
+def finite_where(taken, new, old) -> Any:
     """The new state where a step is taken, else the old one, in the old one's dtypes."""
 
     def choose(new, old):
@@ -89,7 +90,7 @@ def _update_norm(updates, params, opt_state, old):
     """
     squares = [jnp.square(jnp.abs(leaf)) for leaf in jax.tree.leaves(_float32(updates))]
     of_shape = {square.shape: [i for i, other in enumerate(squares) if other.shape == square.shape] for square in squares}
-    place = {shape: itertools.cycle(indices) for shape, indices in of_shape.items()}
+    index = {shape: itertools.cycle(indices) for shape, indices in of_shape.items()}
     small = [_ends_early(leaf) for leaf in jax.tree.leaves(params)]
     pairs = [*zip(jax.tree.leaves(opt_state), jax.tree.leaves(old.opt_state), strict=True)]
     pairs += itertools.compress(zip(jax.tree.leaves(params), jax.tree.leaves(old.params), strict=True), small)
@@ -98,8 +99,8 @@ def _update_norm(updates, params, opt_state, old):
             continue
         # Some begin at infinity, such as the best loss so far.
         zero = jnp.where(jnp.isfinite(before), jnp.abs(_float32(new)) * 0, 0)
-        if new.shape in place:
-            i = next(place[new.shape])
+        if new.shape in index:
+            i = next(index[new.shape])
             squares[i] = squares[i] + zero
         else:
             squares.append(zero)
@@ -111,7 +112,7 @@ def _ends_early(leaf):
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating) and float(jnp.finfo(leaf.dtype).max) < 1e19)
 
 
-def check_state(state):
+def check_state(state) -> None:
     """Raises unless a state is one of training, with a step."""
     if not isinstance(state, TrainState) and not hasattr(state, "step"):
         raise TypeError(f"The state is a {type(state).__name__}, but training has a TrainState: make one by init(params, optimizer).")
@@ -122,7 +123,7 @@ def _check_optimizer(optimizer):
         raise TypeError(f"optimizer is {optimizer!r}, but it is a gradient transformation of optax, such as optax.adamw(1e-4).")
 
 
-def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, accumulate=1):
+def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, accumulate=1) -> Callable:
     """One training step.
 
     A step whose loss, gradient or new state is not finite leaves the state as it was and shows in its metrics. The optimiser sees gradients
@@ -132,7 +133,7 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
       loss_fn: (params, key, batch) -> scalar loss.
       optimizer: the optax gradient transformation that made the state's `opt_state`.
       ema_decay: the largest d_n of the average, in [0, 1); or a function of n, int32, that gives d_n itself, as
-        `averages.power` does; or a tuple of either, for as many averages.
+        `training.power_ema` does; or a tuple of either, for as many averages.
       axis_name: the axis over which `jax.pmap` maps the step: losses and gradients are averaged along it, and each
         device folds its index into the key.
       accumulate: parts of a batch whose gradients are computed one after another, to save memory, and averaged. Part i
@@ -189,7 +190,7 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
         params, d = optax.apply_updates(state.params, updates), decays(state.step)
         if isinstance(ema_decay, tuple):
             if not isinstance(state.ema, tuple) or len(state.ema) != len(ema_decay):
-                raise ValueError(f"The step has {len(ema_decay)} decays: make the state by init(..., averages={len(ema_decay)}).")
+                raise ValueError(f"The step has {len(ema_decay)} decays: make the state by init(..., emas={len(ema_decay)}).")
             ema = tuple(average(d_n, ema, params) for d_n, ema in zip(d, state.ema, strict=True))
         elif jax.tree.structure(state.ema) != jax.tree.structure(state.params):
             given = f"{len(state.ema)} averages" if isinstance(state.ema, tuple) else "an average of other parameters"

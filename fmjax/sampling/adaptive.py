@@ -13,10 +13,10 @@ import numpy as np
 from jax.core import Tracer
 
 from fmjax import checks
-from fmjax.sampling import scan
+from fmjax.sampling.checks import check_ends
 
 
-class Solution(NamedTuple):
+class AdaptiveSolution(NamedTuple):
     """Where a flow arrived, and what it took."""
 
     x: jax.Array
@@ -27,23 +27,25 @@ class Solution(NamedTuple):
     """The time that was reached, likewise: the end, unless the steps ran out."""
 
 
-def sample_ode(field, x_0, *, start=0.0, end=1.0, rtol=1e-4, atol=1e-4, solver=None, each=True, max_steps=1000):
+def sample_ode_adaptive(
+    field, x_0, *, start=0.0, end=1.0, rtol=1e-4, atol=1e-4, solver=None, per_example=True, max_steps=1000
+) -> AdaptiveSolution:
     """Follows a field in steps whose error a pair of Runge-Kutta methods estimates.
 
-    dX = u_t(X) dt        (1) of `sampling` (Dormand and Prince 1980; Tsitouras 2011)
+    dX = u_t(X) dt        (1) of `fmjax.sampling` (Dormand and Prince 1980; Tsitouras 2011)
 
     Args:
       field: (x, t) -> like x; t is a scalar here.
       x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
       start: the first time.
-      end: the last time; before `start` for the way back, from data to noise.
+      end: the last time; before `start` to go back, from data to noise.
       rtol: relative tolerance; float32 allows 1e-6 at the least.
       atol: absolute tolerance, likewise.
       solver: one of diffrax's with an error estimate; None for `diffrax.Tsit5()`, another is `diffrax.Dopri5()`.
-      each: whether each example has steps of its own, where no example may depend on another in `field`; or the batch has them.
+      per_example: whether each example has steps of its own, where no example may depend on another in `field`; or the batch has them.
       max_steps: how many at most, accepted or not.
     Returns:
-      A `Solution`.
+      An `AdaptiveSolution`.
     Raises:
       ModuleNotFoundError: if diffrax is not installed.
       TypeError: if x_0 is not of floats.
@@ -64,7 +66,7 @@ def sample_ode(field, x_0, *, start=0.0, end=1.0, rtol=1e-4, atol=1e-4, solver=N
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
     field = checks.like_state(field)
     if not isinstance(start, Tracer):
-        scan.check_ends(field, x_0.astype(dtype), np.asarray([start], dtype), (0,))
+        check_ends(field, x_0.astype(dtype), np.asarray([start], dtype), (0,))
 
     def slope(t, x, _):
         return field(x, t)
@@ -82,14 +84,14 @@ def sample_ode(field, x_0, *, start=0.0, end=1.0, rtol=1e-4, atol=1e-4, solver=N
             throw=False,
         )
         arrived = solution.result == diffrax.RESULTS.successful
-        return Solution(jnp.where(arrived, solution.ys[0], jnp.nan), solution.stats["num_steps"], solution.ts[0])
+        return AdaptiveSolution(jnp.where(arrived, solution.ys[0], jnp.nan), solution.stats["num_steps"], solution.ts[0])
 
     def alone(x):
         solution = follow(x[None])
         return solution._replace(x=solution.x[0])
 
     x = x_0.astype(dtype)
-    solution = (jax.vmap(alone) if each else follow)(x)
+    solution = (jax.vmap(alone) if per_example else follow)(x)
     if not isinstance(solution.x, Tracer):
         short = np.flatnonzero(np.isnan(np.asarray(solution.x)).reshape(len(x), -1).any(1))
         if short.size:

@@ -1,61 +1,67 @@
-"""Averages of parameters along a training, and those of other lengths afterwards    (Karras et al. 2024, "EDM2").
+"""EMA: averages of the parameters while training, and those of other lengths afterwards    (Karras et al. 2024, "EDM2", arXiv:2312.02696).
 
 The power-function average after t steps, and how a step updates it:
 
     ema_gamma(t) = integral of p_gamma,t(tau) theta(tau) d tau,   p_gamma,t(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)     (1)
     ema <- d_n ema + (1 - d_n) theta,   d_n = (1 - 1 / (n + 1))^(gamma + 1)                                                  (2)
 
-Its width, the standard deviation of tau over t under (1), is sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))    (3).
+Its relative standard deviation, that of tau over t under (1), is sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))    (3).
 
-    step = training.make_step(loss_fn, optimizer, ema_decay=(averages.power(0.05), averages.power(0.1)))
-    state = training.init(params, optimizer, averages=2)
+    step = training.make_step(loss_fn, optimizer, ema_decay=(training.power_ema(0.05), training.power_ema(0.1)))
+    state = training.init(params, optimizer, emas=2)
 
-Keep `(step, width, jax.device_get(average))` now and then; `post_hoc` makes the average of any width from them.
+Keep `(step, sigma_rel, jax.device_get(average))` now and then; `post_hoc_ema` makes the average of any sigma_rel from them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def exponent(width):
+def ema_exponent(sigma_rel) -> float:
     """gamma of (3).
 
     Args:
-      width: sigma_rel, the relative width of the average, in (0, 0.28].
+      sigma_rel: the relative standard deviation of the average, in (0, 0.28].
     Returns:
       gamma, at least 0.
     Raises:
-      ValueError: if there is none for that width.
+      ValueError: if there is none for that sigma_rel.
     """
-    if not isinstance(width, int | float | np.number) or not 0 < width <= 12**-0.5:
-        raise ValueError(f"The width is {width!r}, but the average's relative width is in (0, {12**-0.5:.3f}]: 0.05 and 0.1 are common.")
+    if not isinstance(sigma_rel, int | float | np.number) or not 0 < sigma_rel <= 12**-0.5:
+        raise ValueError(
+            f"sigma_rel is {sigma_rel!r}, but an average's relative standard deviation is in (0, {12**-0.5:.3f}]: 0.05 and 0.1 are common."
+        )
     # (3) squared: sigma^2 (gamma + 2)^2 (gamma + 3) = gamma + 1.
-    inverse = width**-2
+    inverse = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return max(float(roots[np.abs(roots.imag) < 1e-9].real.max()), 0.0)
 
 
-def power(width):
+def power_ema(sigma_rel) -> Callable[[chex.Numeric], chex.ArrayDevice]:
     """d_n of (2), for `training.make_step`'s `ema_decay`.
 
     Args:
-      width: sigma_rel of (3).
+      sigma_rel: of (3).
     Returns:
       A function of the number n of steps taken.
     """
-    gamma = exponent(width)
+    gamma = ema_exponent(sigma_rel)
     return lambda n: (1 - 1 / (jnp.asarray(n, jnp.float32) + 1)) ** (gamma + 1)
 
 
-def post_hoc(snapshots, width, step=None):
-    """The average of another width, or at an earlier step, as the best sum of averages that were kept    (Karras et al. 2024, section 3.2).
+def post_hoc_ema(snapshots, sigma_rel, step=None) -> Any:
+    """The average of another sigma_rel, or at an earlier step, from those kept    (Karras et al. 2024, arXiv:2312.02696, section 3.2).
 
     The weights minimise the squared difference between the wanted profile p of (1) and the sum of those kept.
 
     Args:
-      snapshots: triples `(step, width, average)`, their averages pytrees of one structure.
-      width: sigma_rel of the average to make.
+      snapshots: triples `(step, sigma_rel, average)`, their averages pytrees of one structure.
+      sigma_rel: of the average to make.
       step: at which; by default the last of the snapshots.
     Returns:
       A pytree like the averages.
@@ -64,20 +70,20 @@ def post_hoc(snapshots, width, step=None):
         of them].
     """
     if not snapshots:
-        raise ValueError("There are no snapshots: keep (step, width, average) now and then while training.")
+        raise ValueError("There are no snapshots: keep (step, sigma_rel, average) now and then while training.")
     for i, snapshot in enumerate(snapshots):
         if not isinstance(snapshot, tuple | list) or len(snapshot) != 3:
-            raise ValueError(f"Snapshot {i} is a {type(snapshot).__name__}, but each is a triple (step, width, average).")
+            raise ValueError(f"Snapshot {i} is a {type(snapshot).__name__}, but each is a triple (step, sigma_rel, average).")
         if _shapes(snapshot[2]) != _shapes(snapshots[0][2]):
             raise ValueError(f"The average of snapshot {i} has other arrays than the first: average parameters of one network.")
-    steps, widths, trees = zip(*snapshots, strict=True)
+    steps, sigmas, trees = zip(*snapshots, strict=True)
     step = max(steps) if step is None else step
     if not 0 < step <= max(steps) or min(steps) <= 0:
         raise ValueError(f"step is {step} and the snapshots are of steps {sorted(steps)}; expected one after 0 and up to the last.")
     times = np.asarray(steps, np.float64)
-    gammas = np.array([exponent(each) for each in widths])
+    gammas = np.array([ema_exponent(each) for each in sigmas])
     products = _product(times[:, None], gammas[:, None], times[None], gammas[None])
-    wanted = _product(times, gammas, np.float64(step), exponent(width))
+    wanted = _product(times, gammas, np.float64(step), ema_exponent(sigma_rel))
     weights = np.linalg.lstsq(products, wanted, rcond=None)[0]
 
     def total(*leaves):

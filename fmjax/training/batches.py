@@ -1,0 +1,52 @@
+"""Batches one by one, and the place in the data that a run keeps."""
+
+import copy
+from typing import Any
+
+
+class Batches:
+    """Batches of an iterable, or of a function of the step, and where they are."""
+
+    def __init__(self, batches: Any, position, step):
+        self._place = step if callable(batches) and not hasattr(batches, "__iter__") else None
+        self._start = step
+        self._batches: Any = batches
+        if self._place is None:
+            self._batches = iter(batches)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if position is None:
+            return
+        if self._place is not None:
+            if position != step:
+                raise TypeError(
+                    f"The run's place in its batches is {position!r}, but the batches are a function of the step: give those it had."
+                )
+        elif not hasattr(self._batches, "set_state"):
+            raise TypeError(
+                f"The run's place in its batches is {position!r}, but a {type(self._batches).__name__} has no set_state: give batches that "
+                "can be set, as data.pipeline makes them, or Run(..., position=None) where they are in their place."
+            )
+        else:
+            try:
+                self._batches.set_state(copy.deepcopy(position))
+            except Exception as error:
+                raise TypeError(
+                    f"The batches could not be set to the run's place in them, {position!r} ({type(error).__name__}: {error}): give "
+                    "batches of the kind that it was saved with."
+                ) from error
+
+    def draw(self, n, steps):
+        if self._place is not None:
+            self._place = n + 1
+            return self._batches(n)
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise ValueError(
+                f"The batches ended after {n - self._start} of {steps - self._start} steps: give an iterable that repeats."
+            ) from None
+
+    def place(self):
+        """Where the next batch is."""
+        if self._place is not None or not hasattr(self._batches, "get_state"):
+            return self._place
+        return copy.deepcopy(self._batches.get_state())

@@ -12,7 +12,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench bench-peers bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
+.PHONY: demo test lint package bench bench-peers bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,15 @@ lint: $(READY)  ## ruff and pyright
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+package:  ## builds the wheel and the sdist, and tries the wheel in an empty environment with the core dependencies alone
+	rm -rf dist .venv.package
+	$(PYTHON) -m venv .venv.package
+	.venv.package/bin/python -m pip install --quiet --disable-pip-version-check build
+	.venv.package/bin/python -m build --outdir dist .
+	rm -rf .venv.package && $(PYTHON) -m venv .venv.package
+	.venv.package/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock dist/*.whl
+	cp tests/smoke.py dist/ && cd dist && ../.venv.package/bin/python smoke.py ../README.md
 
 bench: $(READY)  ## one JSON line a number
 	$(RUN) -m benchmarks.sampling $(ARGS)
@@ -98,4 +107,4 @@ lock:  ## pins the newest versions that pyproject.toml allows, for every support
 		--upgrade pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv .venv-* .venv.peers .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf dist build .venv .venv-* .venv.package .venv.peers .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info

@@ -12,7 +12,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint package bench bench-peers bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
+.PHONY: demo test lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,22 +45,20 @@ package:  ## builds the wheel and the sdist, and tries the wheel in an empty env
 	.venv.package/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock dist/*.whl
 	cp tests/smoke.py dist/ && cd dist && ../.venv.package/bin/python smoke.py ../README.md
 
-bench: $(READY)  ## one JSON line a number
+bench: $(READY)  ## one JSON line per number
 	$(RUN) -m benchmarks.sampling $(ARGS)
 
-bench-peers: .venv.peers/ready  ## the same beside diffrax, torchdiffeq, flow_matching and diffusers, in an environment of its own
-	.venv.peers/bin/python -m benchmarks.sampling $(ARGS)
+bench-baselines: .venv.baselines/ready  ## the same beside diffrax, torchdiffeq, flow_matching and diffusers, in an environment of its own
+	.venv.baselines/bin/python -m benchmarks.sampling $(ARGS)
 
-bench-solvers: .venv.peers/ready  ## error against evaluations for every solver, beside diffusers' schedulers
-	.venv.peers/bin/python -m benchmarks.solvers $(ARGS)
+bench-solvers: .venv.baselines/ready  ## error against evaluations for every solver, beside diffusers' schedulers
+	.venv.baselines/bin/python -m benchmarks.solvers $(ARGS)
 
-bench-images: .venv.peers/ready  ## images a second of a guided sampler, DiT-XL/2 on a GPU, beside PyTorch
-	.venv.peers/bin/python -m benchmarks.images $(ARGS)
+bench-images: .venv.baselines/ready  ## images per second of a guided sampler, DiT-XL/2 on a GPU, beside PyTorch
+	.venv.baselines/bin/python -m benchmarks.train_step --only sample $(ARGS)
 
-# jaxlib 0.10 has convolutions that are faster than those it takes (docs/networks.md).
-bench-networks: export XLA_FLAGS = --xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION
-bench-networks: .venv.peers/ready  ## the networks beside PyTorch's: compile time, memory, forward passes, train steps
-	.venv.peers/bin/python -m benchmarks.networks $(ARGS)
+bench-networks: .venv.baselines/ready  ## the train step in its variants, beside PyTorch: time, memory, compile time
+	.venv.baselines/bin/python -m benchmarks.train_step --variants scan remat unrolled $(ARGS)
 
 bench-train: $(READY)  ## the train step of DiT-{S,B,L,XL}/{2,4,8}: ARGS="--model DiT-XL/2"
 	$(RUN) -m benchmarks.train_step $(ARGS)
@@ -68,15 +66,13 @@ bench-train: $(READY)  ## the train step of DiT-{S,B,L,XL}/{2,4,8}: ARGS="--mode
 bench-orders: $(READY)  ## how fast every step converges, and what noise does to a learnt velocity
 	$(RUN) -m benchmarks.orders $(ARGS)
 
-bench-parallel: $(READY)  ## what the loop, the ways and the checkpoints cost
+bench-parallel: $(READY)  ## what the loop, the sharding and the checkpoints cost
 	$(RUN) -m benchmarks.parallel $(ARGS)
 
-gpu:  ## what only a GPU can say, on a machine without a network whose PYTHON has jax for CUDA: into results/gpu/
-	$(PYTHON) -m benchmarks.train_step --model DiT-XL/2 --out results/gpu/train_step.jsonl
-	$(PYTHON) -m benchmarks.images --out results/gpu/images.jsonl
-	$(PYTHON) -m experiments.fashion_mnist lab-unet --results results/gpu/fashion_mnist.json $(ARGS)
+gpu:  ## what only a GPU can say, in nine minutes and without a network: PYTHON has jax for CUDA; ARGS="--only train" picks
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-tpu-aot: .venv.tpu/ready  ## compiles train steps for real TPUs without one: memory, collectives, an estimate of the step
+tpu-aot: .venv.tpu/ready  ## compiles train steps for real TPUs without one: memory and collectives
 	.venv.tpu/bin/python -m benchmarks.aot $(ARGS)
 
 gpu-aot: .venv.gpu/ready  ## the same for GPUs
@@ -94,12 +90,12 @@ gpu-aot: .venv.gpu/ready  ## the same for GPUs
 	.venv.gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.venv.peers/ready: requirements.lock pyproject.toml benchmarks/peers.txt
-	$(PYTHON) -m venv .venv.peers
-	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c requirements.lock -c benchmarks/peers.txt
-	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
-	.venv.peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+.venv.baselines/ready: requirements.lock pyproject.toml benchmarks/baselines.txt
+	$(PYTHON) -m venv .venv.baselines
+	.venv.baselines/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv.baselines/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c requirements.lock -c benchmarks/baselines.txt
+	.venv.baselines/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/baselines.txt
+	.venv.baselines/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 lock:  ## pins the newest versions that pyproject.toml allows, for every supported Python (needs uv)
@@ -107,4 +103,4 @@ lock:  ## pins the newest versions that pyproject.toml allows, for every support
 		--upgrade pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf dist build .venv .venv-* .venv.package .venv.peers .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf dist build .venv .venv-* .venv.package .venv.baselines .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info

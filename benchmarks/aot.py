@@ -1,30 +1,22 @@
-"""Train steps of diffusion transformers compiled for real TPUs and GPUs, with none: memory, collectives, an estimate of the step.
+"""Train steps of diffusion transformers compiled for real TPUs and GPUs, with none: what they hold in memory and what they send.
 
-    make tpu-aot                                                    builds the environment, prints one JSON line a program
+    make tpu-aot                                                    builds the environment, prints one JSON line per program
     make gpu-aot                                                    the same for NVIDIA's H100
     make tpu-aot ARGS="--out results/tpu_aot.json --only v5e:4x4"   those of one topology
 
-The compiler for the chip gives the program, its memory and its collectives. Nothing runs, so no time is measured: the times
-are a roofline estimate,
-
-    compute = 3 F B / (chips peak),   memory = bytes to and from HBM / bandwidth,   network = bytes of collectives / bandwidth     (1)
-    step >= max(compute, memory, network),   step <= compute + memory + network                                                (2)
-
-where F are the operations of a forward pass on an image (`benchmarks.train_step`), counted on paper, as are the bytes of (1),
-because the compiler counts a loop once; the collectives are read from the compiled program, times the rounds of the loops that they
-are in. MFU is compute over step, an interval by (2). What keeps a real chip from its peak besides is not in it. For a GPU the compiler
-cannot try kernels out, so each product is left to cuBLAS.
+The compiler for the chip gives the program, its memory and its collectives, which are read from the program's text, times the rounds of
+the loops that they are in: no interface counts them. Nothing runs, so no time is measured. For a GPU the compiler cannot try kernels
+out, so each product is left to cuBLAS.
 """
 
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -35,40 +27,9 @@ import optax
 import tyro
 from jax.experimental import topologies
 
-from benchmarks import rows, train_step
+from benchmarks import harness, train_step
 from fmjax import parallel, training
 from fmjax.models import dit
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the maker's pages say of a chip."""
-
-    platform: str
-    peak: float
-    """Operations a second in bfloat16."""
-    hbm: float
-    """Bytes a second of memory."""
-    links: float
-    """Bytes a second to other chips."""
-    describe: Callable[[str], dict]
-    """What JAX wants to know of as many chips."""
-    attention: str = "xla"
-    options: dict = dataclasses.field(default_factory=dict)
-    """Of the compiler."""
-    memory: float = math.inf
-    """Bytes, where the compiler does not refuse a program that needs more."""
-
-
-def tpus(name):
-    """The TPUs of a name such as v5e:4x4."""
-    return {"topology_name": name}
-
-
-def gpus(name):
-    """The H100s of a name such as h100:8, all joined by NVLink; what the compiler asks a GPU otherwise is written here."""
-    return {"topology": f"1x1x{name.partition(':')[2]}", "target_config": H100}
-
 
 H100 = """
 platform_name: "CUDA"
@@ -88,12 +49,9 @@ gpu_device_info {
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }
 """
+H100_MEMORY = 84942979072
+"""Bytes; the compiler for GPUs does not refuse a program that needs more."""
 NO_TRIALS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-CHIPS = {
-    "v5e": Chip("tpu", 197e12, 819e9, 200e9, tpus),
-    "v5p": Chip("tpu", 459e12, 2765e9, 600e9, tpus),
-    "h100": Chip("cuda", 989.4e12, 3352e9, 450e9, gpus, "cudnn", NO_TRIALS, 84942979072),
-}
 MODELS = {
     "DiT-XL/2": functools.partial(dit.DiT_XL, patch_size=2),
     "DiT-3B/2": functools.partial(dit.DiT, patch_size=2, hidden_size=2304, depth=32, num_heads=18),
@@ -112,13 +70,9 @@ class Program:
     model: str
     rule: str
     batch: int
-    """Images a step, of all chips."""
+    """Images per step, of all chips."""
     scan: bool = True
     remat: bool = True
-
-    @property
-    def chip(self):
-        return CHIPS[self.topology.partition(":")[0]]
 
 
 PROGRAMS = (
@@ -154,7 +108,7 @@ PROGRAMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compiles train steps for chips and prints what the compiler says of them, one JSON line a program."""
+    """Compiles train steps for chips and prints what the compiler says of them, one JSON line per program."""
 
     platform: Literal["tpu", "cuda"] = "tpu"
     """Whose programs: the two compilers are in environments of their own."""
@@ -165,20 +119,17 @@ class Config:
 
 
 def main(config: Config):
-    rows.start()
+    harness.start()
     jax.config.update("jax_platforms", "cpu")
     # libtpu asks for them where there is no TPU.
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
     compiler = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin"}[config.platform]
-    where = rows.describe() | {"jax": jax.__version__, compiler: rows.metadata.version(compiler)}
-    where["device"] = "none: compiled ahead of time"
+    where = harness.describe() | {"jax": jax.__version__, compiler: metadata.version(compiler), "device": "none: compiled ahead of time"}
     found = []
     for program in PROGRAMS:
-        if program.chip.platform != config.platform:
-            continue
         name = f"{program.model}, {program.topology}, {program.rule}, batch {program.batch}"
         name += ("" if program.scan else ", unrolled") + ("" if program.remat else ", without remat")
-        if all(word in name for word in config.only):
+        if (program.topology.startswith("h100") == (config.platform == "cuda")) and all(word in name for word in config.only):
             found.append({"name": name, **measure(program), **where})
             print(json.dumps(found[-1]), flush=True)
             if config.out is not None:
@@ -187,46 +138,31 @@ def main(config: Config):
 
 
 def measure(program):
-    """What the compiler says of a program, and the estimate."""
-    chip = program.chip
-    devices = topologies.get_topology_desc(platform=chip.platform, **chip.describe(program.topology)).devices
-    mesh = parallel.mesh(devices=devices)
-    make = functools.partial(MODELS[program.model], num_classes=train_step.CLASSES, dtype=jnp.bfloat16, attention=chip.attention)
-    model = make(scan=program.scan, remat=program.remat)
+    """What the compiler says of a program."""
+    chip, _, chips = program.topology.partition(":")
+    gpu = chip == "h100"
+    # All GPUs are joined by NVLink.
+    topology = {"topology": f"1x1x{chips}", "target_config": H100} if gpu else {"topology_name": program.topology}
+    mesh = parallel.mesh(devices=topologies.get_topology_desc(platform="cuda" if gpu else "tpu", **topology).devices)
+    fields = {"attention": "cudnn" if gpu else "xla", "scan": program.scan, "remat": program.remat}
+    model = MODELS[program.model](classes=train_step.CLASSES, dtype=jnp.bfloat16, **fields)
     step, arguments, stay = lowered_from(model, mesh, RULES[program.rule], program.batch)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params))
-    start = time.perf_counter()
-    said = {"parameters": parameters, "chips": mesh.size}
+    start, said = time.perf_counter(), {"parameters": sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params)), "chips": mesh.size}
     try:
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(*arguments).compile(chip.options)
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=(stay, None)).lower(*arguments)
+        compiled = lowered.compile(NO_TRIALS if gpu else {})
     except jax.errors.JaxRuntimeError as error:
         return said | too_large(error)
-    seconds = time.perf_counter() - start
-    counted = train_step.memory(compiled)
-    if counted.peak_memory_in_bytes > chip.memory:
-        return said | too_much(counted.peak_memory_in_bytes, chip.memory)
+    seconds, peak = time.perf_counter() - start, train_step.memory(compiled).peak_memory_in_bytes
+    if gpu and peak > H100_MEMORY:
+        return said | too_much(peak, H100_MEMORY)
     state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
-    moved = collectives(compiled.as_text())
-
-    operations = 3 * train_step.flops(make(scan=True), *train_step.SHAPE) * program.batch
-    times = {
-        "compute": operations / (mesh.size * chip.peak),
-        "memory": hbm_bytes(model, parameters, program.batch / mesh.size, float(state)) / chip.hbm,
-        "network": sum(on_the_wire(kind, size, mesh.size) for kind, size in moved.items()) / chip.links,
-    }
-    least, most = max(times.values()), sum(times.values())
     return said | {
         "fits": True,
-        "peak memory of a chip, GB": short(counted.peak_memory_in_bytes / 1e9),
-        "state of a chip, GB": short(float(state) / 1e9),
-        "collectives of a step, GB": {kind: short(size / 1e9) for kind, size in moved.items()},
-        "estimate, not measured": {
-            "ms": {name: short(1e3 * value) for name, value in times.items()},
-            "step, ms": [short(1e3 * least), short(1e3 * most)],
-            "MFU": [short(times["compute"] / most), short(times["compute"] / least)],
-            "images per second": [short(program.batch / most), short(program.batch / least)],
-        },
-        "seconds to compile": short(seconds),
+        "peak memory of a chip, GB": harness.short(peak / 1e9, 3),
+        "state of a chip, GB": harness.short(float(state) / 1e9, 3),
+        "collectives of a step, GB": {kind: harness.short(size / 1e9, 3) for kind, size in collectives(compiled.as_text()).items()},
+        "seconds to compile": harness.short(seconds, 3),
     }
 
 
@@ -239,48 +175,24 @@ def too_large(error):
 
 
 def too_much(needs, has):
-    return {"fits": False, "needs on a chip, GB": short(needs / 1e9), "of, GB": short(has / 1e9)}
+    return {"fits": False, "needs on a chip, GB": harness.short(needs / 1e9, 3), "of, GB": harness.short(has / 1e9, 3)}
 
 
 def lowered_from(model, mesh, rule, batch):
     """The step, the shapes of its arguments where they lie, and where the state stays."""
     optimizer = optax.adamw(train_step.RATE, weight_decay=train_step.DECAY)
-    one = train_step.arguments((1, *train_step.SHAPE))
-    params = jax.eval_shape(model.init, jax.random.key(0), *one)
+    x, _, y = train_step.arguments((batch, *train_step.SHAPE))
+    params = jax.eval_shape(model.init, jax.random.key(0), *train_step.arguments((1, *train_step.SHAPE)))
     state = jax.eval_shape(lambda params: training.init(params, optimizer), params)
-    stay = rule(state, mesh)
+    stay, spread = rule(state, mesh), parallel.batch_sharding(mesh, batch)
 
     def there(shapes, shardings):
         return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
 
-    x, _, y = train_step.arguments((batch, *train_step.SHAPE))
-    spread = parallel.batch_sharding(mesh, batch)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=jax.tree.leaves(parallel.replicated({"key": key}, mesh))[0])
+    key = {"key": jax.eval_shape(lambda: jax.random.key(0))}
     step = train_step.step(model, optimizer)
     step = parallel.constrain_activations(step, mesh) if rule is parallel.fully_sharded else step
-    return step, (there(state, stay), key, there((x, y), (spread, spread))), stay
-
-
-def hbm_bytes(model, parameters, images, state):
-    """Bytes between a chip and its memory in a step, on paper.
-
-    The optimiser and the average read the gradient, the parameters and their three companions and write these four; the weights are read
-    in bfloat16 by the forward pass, the recomputed one and the two products of the backward pass, and written once if they were
-    gathered; of the activations, every product reads its input and writes its output, and a softmax reads and writes its scores,
-    unless attention is fused.
-    """
-    tokens, width = (train_step.SHAPE[0] // model.patch_size) ** 2, model.hidden_size
-    passes = 3 + model.remat
-    scores = 0 if model.attention == "cudnn" else 2 * 4 * model.num_heads * tokens**2
-    per_layer = 2 * tokens * width * (2 * (1 + 3) + 2 + 2 * (1 + 4) + 6) + scores
-    return state * 9 / 4 + parameters * 2 * (passes + 1) + images * model.depth * per_layer * passes
-
-
-def on_the_wire(kind, size, chips):
-    """Bytes that a chip sends for a collective that gives so many, in a ring."""
-    share = (chips - 1) / chips
-    return size * {"all-reduce": 2 * share, "reduce-scatter": chips - 1, "collective-permute": 1}.get(kind, share)
+    return step, (there(state, stay), there(key, parallel.replicated(key, mesh))["key"], there((x, y), (spread, spread))), stay
 
 
 def collectives(text):
@@ -339,11 +251,6 @@ def size_of(kinds, kind, start):
     if start and kind != "all-reduce" and kinds.startswith("("):
         return max(sizes, default=0)
     return sum(sizes)
-
-
-def short(value):
-    """A number of three significant digits."""
-    return float(f"{value:.3g}")
 
 
 if __name__ == "__main__":

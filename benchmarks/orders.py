@@ -1,4 +1,4 @@
-"""How fast every step converges, on every path, for every sigma: a JSON file of rows, and two pictures.
+"""How fast every step converges, on every path, for every sigma: a JSON file of rows, and two plots.
 
     python -m benchmarks.orders --out results/orders.json        about 12 minutes on two cores
 
@@ -30,7 +30,8 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks.rows import commit, describe, start
+from benchmarks import harness
+from benchmarks.solvers import draw, made
 from fmjax import losses, marginals, metrics, paths, sampling, times, training
 from fmjax.data import toy
 from fmjax.models import mlp
@@ -86,17 +87,10 @@ NOISY = {
     "predictor_corrector": sampling.predictor_corrector(),
 }
 FLOWS: dict[str, Callable] = {
-    "euler": lambda path: sampling.euler,
-    "heun": lambda path: sampling.heun,
-    "midpoint": lambda path: sampling.midpoint,
-    "rk4": lambda path: sampling.rk4,
     "ddim": sampling.ddim,
     "sampling.path_heun": sampling.path_heun,
     "edm_heun": sampling.edm_heun,
-    **{f"adams_bashforth {k}": lambda path, k=k: sampling.adams_bashforth(k) for k in (2, 3, 4)},
-    **{f"dpm_solver_pp {k}": functools.partial(lambda path, k: sampling.dpm_solver_pp(path, k), k=k) for k in (2, 3)},
-    **{f"unipc {k}": functools.partial(lambda path, k: sampling.unipc(path, k), k=k) for k in (2, 3)},
-    **{f"deis {k}": functools.partial(lambda path, k: sampling.deis(path, k), k=k) for k in (2, 3)},
+    **{name: lambda path, name=name: made(path)[name][0] for name in made(PATHS["linear"]) if name not in ("ralston", "unipc 1")},
 }
 MEAN, SCALE = 1.0, 0.5
 
@@ -243,55 +237,27 @@ def summary(kind, path, step, steps, errors, **more):
     }
 
 
-def draw(rows, file):
-    """Errors over steps: a panel for each path, and for each sigma where there are any."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
-    columns, lines = list(dict.fromkeys(row["path"] for row in rows)), list(dict.fromkeys(row.get("sigma") for row in rows))
-    size = 1.9 * len(columns) + 1.6, 1.7 * len(lines) + 1.2
-    figure, axes = plt.subplots(len(lines), len(columns), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(row["step"] for row in rows))
-    colours = {name: plt.get_cmap("tab20" if len(names) > 10 else "tab10")(i) for i, name in enumerate(names)}
-    for row in rows:
-        axis = axes[lines.index(row.get("sigma"))][columns.index(row["path"])]
-        axis.loglog(row["steps"], np.maximum(row["errors"], 1e-9), color=colours[row["step"]], linewidth=1.2, label=row["step"])
-    for i, line in enumerate(lines):
-        axes[i][0].set_ylabel("mean error" if line is None else f"sigma {line}\nW2 to the data")
-    for j, column in enumerate(columns):
-        axes[0][j].set_title(column, fontsize=9)
-        axes[-1][j].set_xlabel("steps")
-    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(names), 6), fontsize=9)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.set_ylim(1e-7, 1)
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+def curves(rows):
+    """What `benchmarks.solvers.draw` takes: a panel for each path, and for each sigma where there are any."""
+    panels = [(f"sigma {row['sigma']}" if "sigma" in row else "mean error", row["path"], row["step"]) for row in rows]
+    return [(*panel, row["steps"], row["errors"]) for panel, row in zip(panels, rows, strict=True)]
 
 
-def main(config):
+def main(config: Config):
+    harness.start()
     # Here it is shown what the warning says.
     warnings.filterwarnings("ignore", "At t = .* one step of the drift multiplies")
-    rows, about = {}, {**describe(), "commit": commit()}
-    for part in config.parts:
-        rows[part] = []
-        for row in {"noise": noise, "flow": flow, "learnt": learnt}[part](config):
-            print(json.dumps(row), flush=True)
-            rows[part].append(row)
+    rows, about = {}, harness.describe()
+    for part in (noise, flow, learnt):
+        if part.__name__ in config.parts:
+            rows[part.__name__] = list(part(config))
+            print(*map(json.dumps, rows[part.__name__]), sep="\n", flush=True)
     if config.out:
         lines = ",\n".join(json.dumps(row) for part in rows.values() for row in part)
         config.out.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
-        for part, found in rows.items():
-            if part == "learnt":
-                continue
-            draw(found, config.out.with_name(f"{config.out.stem}_{part}.png"))
+        for part in rows.keys() - {"learnt"}:
+            draw(config.out.with_name(f"{config.out.stem}_{part}.png"), curves(rows[part]), "steps")
 
 
 if __name__ == "__main__":
-    start()
     main(tyro.cli(Config))

@@ -1,9 +1,8 @@
-"""The networks of fmjax written in PyTorch, to measure beside them.
+"""The diffusion transformer of fmjax written in PyTorch, a reference to measure and to compare with.
 
-The transformer's blocks are those of (Peebles and Xie 2023), attention by `scaled_dot_product_attention`; the U-Net is that of
-`fmjax.models.unet`, its images in the order "channels last". A twin takes its sizes from fmjax's network, and its modules have
-the names of fmjax's, so that weights go over by name. Only what the benchmarks use is here: sinusoids of the time, added
-positions, the defaults of normalisation and perceptron, no dropout. Images are (B, C, H, W).
+Its blocks are those of (Peebles and Xie 2023), attention by `scaled_dot_product_attention`. It takes its sizes from fmjax's network, and
+its modules have the names of fmjax's, so that weights go over by name. Only what the benchmarks use is here: sinusoids of the time,
+added positions, the defaults of normalisation and perceptron, no dropout. Images are (B, C, H, W).
 """
 
 import importlib
@@ -17,28 +16,21 @@ from fmjax.models import layers
 torch = importlib.import_module("torch")
 nn, functional = torch.nn, torch.nn.functional
 
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
 
 
 def load(network, params):
-    """The network with the parameters of its twin in fmjax, or with anything of their shape, such as their gradients."""
+    """The network with the parameters of fmjax's, or with anything of their shape, such as their gradients."""
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
     state = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["params"]):
         *names, kind = (key.key for key in path)
-        array = np.asarray(leaf)
-        if kind == "kernel":
-            # Inputs, outputs -> outputs, inputs, and the sides of a convolution's kernel last.
-            array = np.moveaxis(array, (-1, -2), (0, 1))
+        # Inputs, outputs -> outputs, inputs, and the sides of a convolution's kernel last.
+        array = np.moveaxis(np.asarray(leaf), (-1, -2), (0, 1)) if kind == "kernel" else np.asarray(leaf)
         name = ".".join((*names, LEAVES[kind]))
         state[name] = torch.tensor(array.reshape(shapes[name]).copy())
     network.load_state_dict(state)
     return network
-
-
-def images(x):
-    """A batch of fmjax's images, (B, H, W, C), as PyTorch's."""
-    return torch.tensor(np.asarray(x).copy()).permute(0, 3, 1, 2)
 
 
 class Time(nn.Module):
@@ -125,144 +117,19 @@ class DiT(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def convolution(channels, out, stride=1):
-    return nn.Conv2d(channels, out, 3, stride, padding=1)
-
-
-class Residual(nn.Module):
-    def __init__(self, model, channels, out, resample=None):
-        super().__init__()
-        self.resample, self.scale_shift = resample, model.scale_shift_norm
-        self.norm_in, self.norm_out = nn.GroupNorm(model.groups, channels), nn.GroupNorm(model.groups, out)
-        self.conv_in, self.conv_out = convolution(channels, out), convolution(out, out)
-        self.embedding = nn.Linear(4 * model.model_channels, out * (1 + model.scale_shift_norm))
-        if channels != out:
-            self.skip = nn.Conv2d(channels, out, 1)
-
-    def forward(self, h, e):
-        skip = h
-        h = functional.silu(self.norm_in(h))
-        if self.resample is not None:
-            h, skip = self.resample(h), self.resample(skip)
-        h = self.conv_in(h)
-        e = self.embedding(functional.silu(e))[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
-            h = self.norm_out(h) * (1 + scale) + shift
-        else:
-            h = self.norm_out(h + e)
-        return (self.skip(skip) if hasattr(self, "skip") else skip) + self.conv_out(functional.silu(h))
-
-
-class PixelAttention(nn.Module):
-    def __init__(self, model, channels):
-        super().__init__()
-        self.heads = model.num_heads or channels // model.head_dim
-        self.norm = nn.GroupNorm(model.groups, channels)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-
-    def forward(self, h):
-        pixels = self.norm(h).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(pixels).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        out = self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return h + out.transpose(1, 2).unflatten(2, h.shape[2:])
-
-
-def halve(h):
-    return functional.avg_pool2d(h, 2)
-
-
-def double(h):
-    return functional.interpolate(h, scale_factor=2.0, mode="nearest")
-
-
-class UNet(nn.Module):
-    """`unet.UNet` for images of one shape, (H, W, C)."""
-
-    def __init__(self, model, shape):
-        super().__init__()
-        channels = [int(model.model_channels * multiplier) for multiplier in model.channel_mult]
-        self.levels, self.blocks, self.resample_blocks = len(channels), model.num_res_blocks, model.resblock_updown
-        self.time = Time(model.time_embedding or layers.Sinusoids(model.model_channels), 4 * model.model_channels)
-        if model.num_classes is not None:
-            self.label = nn.Embedding(model.num_classes + 1, 4 * model.model_channels)
-
-        def attend(name, width, shrink=None):
-            if shrink in model.attention_resolutions or (shrink is None and model.attention_resolutions):
-                self.add_module(name, PixelAttention(model, width))
-
-        self.add_module("in", convolution(shape[-1], channels[0]))
-        seen, here = [channels[0]], channels[0]
-        for level, width in enumerate(channels):
-            for i in range(model.num_res_blocks):
-                self.add_module(f"down_{level}_{i}", Residual(model, here, width))
-                attend(f"down_{level}_{i}_attention", width, 2**level)
-                here = width
-                seen.append(here)
-            if level < self.levels - 1:
-                down = Residual(model, here, width, halve) if model.resblock_updown else convolution(here, width, 2)
-                self.add_module(f"down_{level}", down)
-                seen.append(here)
-
-        self.middle_0, self.middle_1 = (Residual(model, here, here) for _ in range(2))
-        attend("middle_attention", here)
-
-        for level, width in reversed(list(enumerate(channels))):
-            for i in range(model.num_res_blocks + 1):
-                self.add_module(f"up_{level}_{i}", Residual(model, here + seen.pop(), width))
-                attend(f"up_{level}_{i}_attention", width, 2**level)
-                here = width
-            if level > 0:
-                self.add_module(f"up_{level}", Residual(model, here, width, double) if model.resblock_updown else convolution(here, width))
-
-        self.norm_out = nn.GroupNorm(model.groups, here)
-        self.out = convolution(here, shape[-1] * (1 + model.learn_sigma))
-        self.to(memory_format=torch.channels_last)
-
-    def attended(self, h, name):
-        return getattr(self, name)(h) if hasattr(self, name) else h
-
-    def forward(self, x, t, y=None):
-        e = self.time(t)
-        if y is not None:
-            e = e + self.label(y)
-
-        h = getattr(self, "in")(x)
-        seen = [h]
-        for level in range(self.levels):
-            for i in range(self.blocks):
-                h = self.attended(getattr(self, f"down_{level}_{i}")(h, e), f"down_{level}_{i}_attention")
-                seen.append(h)
-            if level < self.levels - 1:
-                down = getattr(self, f"down_{level}")
-                h = down(h, e) if self.resample_blocks else down(h)
-                seen.append(h)
-
-        h = self.middle_1(self.attended(self.middle_0(h, e), "middle_attention"), e)
-
-        for level in reversed(range(self.levels)):
-            for i in range(self.blocks + 1):
-                h = getattr(self, f"up_{level}_{i}")(torch.cat([h, seen.pop()], dim=1), e)
-                h = self.attended(h, f"up_{level}_{i}_attention")
-            if level > 0:
-                up = getattr(self, f"up_{level}")
-                h = up(h, e) if self.resample_blocks else up(double(h))
-        return self.out(functional.silu(self.norm_out(h)))
-
-
 def flow_matching(network, x_0, x_1, t, y):
     """The loss of `losses.flow_matching` on the linear path, its mean."""
     s = t[:, None, None, None]
     return functional.mse_loss(network(s * x_1 + (1 - s) * x_0, t, y), x_1 - x_0)
 
 
-def trainer(network, optimizer, ema_decay, dtype=None):
-    """One step of training as a function `(x_1, y) -> loss`, computing in another dtype where it is given."""
+def trainer(network, optimizer, ema_decay, dtype=torch.float32):
+    """One step of training as a function `(x_1, y) -> loss`, computing in that dtype."""
     average = [parameter.detach().clone() for parameter in network.parameters()]
 
     def step(x_1, y):
         x_0, t = torch.randn_like(x_1), torch.rand(len(x_1), device=x_1.device)
-        with torch.autocast(x_1.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(x_1.device.type, dtype, enabled=dtype != torch.float32):
             loss = flow_matching(network, x_0, x_1, t, y)
         optimizer.zero_grad()
         loss.backward()

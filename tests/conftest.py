@@ -2,6 +2,7 @@
 
 Compiled programs are kept in .pytest_cache/ for pytest's other workers, for the processes that tests start and for the next run,
 since most of the time is compilation. JAX writes there without a lock; who reads a half-written program compiles it (pyproject.toml).
+Tests run on the CPU, or with FMJAX_TEST_PLATFORM=gpu where JAX finds a GPU (`make gpu`).
 """
 
 import os
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
+if os.environ.get("FMJAX_TEST_PLATFORM") != "gpu":
+    jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import aot, images, networks, parallel, rows, sampling, solvers, train_step
+from benchmarks import aot, gpu, harness, parallel, sampling, solvers, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -16,17 +19,26 @@ TINY = sampling.Config(
     guidance_batches=(4,),
     image_batches=(4,),
     image_steps=2,
-    solver_width=12,
     solver_depth=1,
     solver_steps=4,
     seconds=0.0,
     repeats=2,
     precision=1.0,
     compiles=1,
-    peers=False,
+    baselines=False,
 )
 pytestmark = pytest.mark.usefixtures("unoptimized")
-FLAGS = ["--batches=4", "--steps=3", "--width=8", "--depth=1", "--seconds=0", "--repeats=2", "--precision=1", "--compiles=1", "--no-peers"]
+FLAGS = [
+    "--batches=4",
+    "--steps=3",
+    "--width=8",
+    "--depth=1",
+    "--seconds=0",
+    "--repeats=2",
+    "--precision=1",
+    "--compiles=1",
+    "--no-baselines",
+]
 FIELDS = {"name", "value", "unit", "device", "versions", "commit"}
 
 
@@ -43,16 +55,15 @@ def check(line):
 
 def finished(found):
     """Rows as they are printed."""
-    where = rows.describe()
-    return [check(json.dumps(rows.finish(row, where))) for row in found]
+    where = harness.describe()
+    return [check(json.dumps(harness.finish(row, where))) for row in found]
 
 
-@pytest.mark.parametrize("part", [sampling.ode, sampling.sde, sampling.control, sampling.guided_points, sampling.guided_images])
+@pytest.mark.parametrize("part", [sampling.ode, sampling.sde, sampling.guided_points, sampling.guided_images])
 def test_part_runs(part):
     found = finished(part(TINY))
     assert any(row["unit"] == "ratio" for row in found)
     assert all(row["value"] == 0 for row in found if row["name"].endswith("results"))
-    assert all(row["value"] == 1 for row in found if row["name"].endswith("programs equal"))
 
 
 def test_what_solvers_add_is_measured(monkeypatch):
@@ -62,66 +73,58 @@ def test_what_solvers_add_is_measured(monkeypatch):
     assert len(names) == 6
 
 
-def test_compiled_size_does_not_grow_with_steps():
-    found = list(sampling.sizes(TINY))
-    assert len(found) >= 2 * (len(sampling.STEPS) + 1)
-    assert all(row["met"] for row in found if "met" in row)
-    assert sum("met" in row for row in found) == len(found) // 2
-
-
-def test_missing_peer_is_named(capsys):
-    assert not rows.ready(sampling.diffrax_ode, ("no_such_package",))
-    assert "make bench-peers" in capsys.readouterr().err
-
-
-def test_networks_without_pytorch(capsys, monkeypatch):
-    monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None)
-    assert networks.transformer not in networks.chosen(networks.Config())
-    assert "transformer: torch not installed; `make bench-networks`" in capsys.readouterr().err
-    assert networks.transformer not in networks.chosen(networks.Config(peers=False))
+def test_missing_baseline_is_named(capsys):
+    parts = {sampling.diffrax_ode: ("no_such_package",)}
+    assert harness.chosen(harness.Config(baselines=False), [sampling.ode], parts) == [sampling.ode]
     assert not capsys.readouterr().err
+    assert harness.chosen(harness.Config(), [sampling.ode], parts) == [sampling.ode]
+    assert "diffrax_ode: no_such_package not installed; `make bench-baselines`" in capsys.readouterr().err
 
 
 def test_command(tmp_path):
     out = tmp_path / "folder" / "sampling.jsonl"
     command = [sys.executable, "-m", "benchmarks.sampling", "--only", "ode", "--out", str(out), *FLAGS]
-    printed = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, check=True).stdout
     assert out.read_text() == printed
     assert all(check(line)["name"].startswith("sample_ode") for line in printed.splitlines())
 
 
-@pytest.mark.parametrize("part", [networks.scan, networks.remat, networks.loop])
-def test_part_of_networks_runs(part, monkeypatch):
-    if part is networks.scan:
-        # Compiles in a fraction of the time; the train step itself is compiled by the other part.
-        monkeypatch.setattr(networks, "step", networks.forward)
-    if part is networks.loop:
-        monkeypatch.setattr(networks, "trainer", lambda model, params, key, batch: lambda: params)
-    few = ("DiT-S/8",)
-    config = networks.Config(
-        scan_models=few, remat_models=few, model="DiT-S/8", depth=1, batch=2, seconds=0.0, repeats=2, precision=1.0, compiles=1, peers=False
-    )
-    found = finished(part(config))
-    assert any(row["unit"] == "ratio" for row in found)
-    assert all(row["value"] < 1e-5 for row in found if row["name"].endswith("largest difference"))
-
-
-def test_train_step_runs(tmp_path, capsys):
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_train_step_runs(tmp_path, capsys, unrolled):
     out = tmp_path / "folder" / "train_step.jsonl"
-    config = train_step.Config(model="DiT-S/8", depth=1, dtype="float32", remat=True, repeats=1, peers=False)
-    rows.report(train_step.measure(config), out)
+    variants = ("scan", "unrolled") if unrolled else ("remat",)
+    config = train_step.Config(out, model="DiT-S/8", depth=1, dtype="float32", variants=variants, repeats=1, baselines=False)
+    harness.report(config, harness.chosen(config, [train_step.train, train_step.sample]))
     printed = capsys.readouterr().out
     assert out.read_text() == printed
     found = [check(line) for line in printed.splitlines()]
-    assert {"ms", "1/s", "GFLOP", "MiB"} <= {row["unit"] for row in found}
-    assert all("batch 2" in row["name"] and "remat" in row["name"] for row in found)
+    assert {"ms", "1/s", "GFLOP", "MiB", "s"} <= {row["unit"] for row in found}
+    assert all("batch 2" in row["name"] for row in found)
+    assert any("remat" in row["name"] for row in found) != unrolled
+    assert [row["name"].rpartition(", ")[2] for row in found if row["unit"] == "ratio"] == unrolled * [
+        f"scan over unrolled: {what}" for what in ("time", "temporary memory", "compile time")
+    ]
 
 
-def test_images_a_second():
-    config = images.Config(model="DiT-S/8", depth=1, dtype="float32", repeats=1, peers=False)
-    (found,) = finished(images.measure(config))
+def test_images_per_second():
+    config = train_step.Config(model="DiT-S/8", depth=1, dtype="float32", repeats=1, baselines=False)
+    _, found = finished(train_step.sample(config))
     assert found["name"] == "DiT-S/8, 2 Euler steps at guidance 1.5, batch 2, float32, attention xla, 1 blocks, fmjax: images"
     assert found["unit"] == "1/s"
+
+
+def test_pytorch_reference_is_the_same_network(key):
+    pytest.importorskip("torch")
+    from benchmarks import pytorch
+
+    model = train_step.network("DiT-S/8", 2)
+    keys = jax.random.split(key, 3)
+    params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(keys[0], leaf.shape), train_step.initial(model, keys[1]))
+    x, t, y = jax.random.normal(keys[2], (2, *train_step.SHAPE)), jnp.array([0.2, 0.9]), jnp.array([3, 1000])
+    theirs = pytorch.load(pytorch.DiT(model, train_step.SHAPE), params)(
+        *(pytorch.torch.tensor(np.asarray(array).copy()) for array in (jnp.moveaxis(x, -1, 1), t, y))
+    )
+    np.testing.assert_allclose(theirs.permute(0, 2, 3, 1).detach(), model.apply(params, x, t, y), atol=1e-4)
 
 
 # Billions of multiplications with their additions of a forward pass (Peebles and Xie 2023, table of all models).
@@ -157,10 +160,11 @@ def test_peak_by_the_name_of_the_device(kind, peak):
     assert train_step.peak_of(kind) == peak
 
 
-@pytest.mark.parametrize("part", [parallel.loop, parallel.ways, parallel.stall, parallel.verified, parallel.pictures])
-def test_part_of_parallel_runs(part):
+@pytest.mark.parametrize("part", [parallel.loop, parallel.sharding, parallel.stall, parallel.verified, parallel.memory])
+def test_part_of_parallel_runs(part, monkeypatch):
+    monkeypatch.setattr(parallel, "STEPS", 2)
     config = parallel.Config(
-        batch=2, width=16, every=2, model="DiT-S/8", depth=1, rows=2, saves=1, examples=512, seconds=0.0, repeats=2, precision=1.0
+        batch=2, width=16, model="DiT-S/8", depth=1, logs=2, saves=1, examples=512, seconds=0.0, repeats=2, precision=1.0
     )
     found = finished(part(config))
     assert any(row["unit"] == "ratio" for row in found)
@@ -217,18 +221,11 @@ def test_a_program_that_does_not_fit(message):
         aot.too_large(RuntimeError("no such thing as 3.00G"))
 
 
-def test_bytes_on_the_wire():
-    assert aot.on_the_wire("all-reduce", 80.0, 8) == 140.0
-    assert aot.on_the_wire("all-gather", 80.0, 8) == 70.0
-    assert aot.on_the_wire("reduce-scatter", 10.0, 8) == 70.0
-    assert aot.on_the_wire("collective-permute", 10.0, 8) == 10.0
-
-
 def test_solvers_err_less_with_more_evaluations(tmp_path, monkeypatch, x64):
-    """Rows of the Gaussian flow on the uniform grid, one fitted grid, and the picture."""
+    """Rows of the Gaussian flow on the uniform grid, one fitted grid, and the plot."""
     monkeypatch.setattr(solvers, "SOLVERS", {name: solvers.SOLVERS[name] for name in ("euler", "heun", "adams_bashforth 4", "unipc 3")})
     monkeypatch.setattr(solvers, "NAMESAKES", {})
-    monkeypatch.setattr(solvers, "ready", lambda *_: False)
+    monkeypatch.setattr(harness, "ready", lambda *_: False)
     config = solvers.Config(evaluations=(5, 20), points=64, fitting_points=16, iterations=3)
     found = list(solvers.gaussian(config))
     error = {(row["solver"], row["grid"], row["evaluations"]): row["value"] for row in finished(found)}
@@ -239,5 +236,80 @@ def test_solvers_err_less_with_more_evaluations(tmp_path, monkeypatch, x64):
     for solver in ("euler", "heun", "unipc 3"):
         assert error[solver, "uniform", 20] < error[solver, "uniform", 5]
     assert 0.09 < error["euler", "uniform", 5] < 0.12
-    solvers.draw(tmp_path / "solvers.png", found)
+    solvers.draw(tmp_path / "solvers.png", solvers.curves(found), "evaluations")
     assert (tmp_path / "solvers.png").stat().st_size > 1000
+
+
+def test_gpu_parts_on_a_cpu(tmp_path, monkeypatch):
+    """Everything is small, and a file says what was run, where, and why clothes were not."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    assert gpu.main(gpu.Config(minutes=5, only=("tests", "sample", "fashion"), out=tmp_path)) == 0
+    found = {file.stem: json.loads(file.read_text()) for file in tmp_path.iterdir()}
+    assert found.keys() == {"tests", "sample", "fashion"}
+    for part in found.values():
+        assert part.keys() >= {"part", "device", "commit", "versions", "seconds", "seconds given"}
+        assert "failed" not in part
+    assert found["tests"]["outcomes"]["passed"] > 0
+    assert found["tests"]["failed tests"] == []
+    assert [row["unit"] for row in found["sample"]["rows"]] == ["ms", "1/s"]
+    assert "CPU" in found["fashion"]["skipped"]
+
+
+STUB = """
+import json, pathlib, signal, sys, time
+if "--variants=remat" in sys.argv:
+    sys.exit("out of memory")
+print(json.dumps({"name": "images", "value": 2.0, "unit": "1/s", "versions": {"torch": "2"}}), flush=True)
+if "--variants=unrolled" in sys.argv:
+    time.sleep(60)
+if "--folder" in sys.argv:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--folder") + 1])
+    if "fashion-lab-dit" in sys.argv and "--no-train" not in sys.argv:
+        def end(number, frame):
+            (folder / "checkpoints" / "700").mkdir(parents=True)
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, end)
+        time.sleep(60)
+    (folder / "checkpoints" / "500").mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"trained": "--no-train" not in sys.argv}))
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """A report whose commands run a stub, and what it said."""
+    (tmp_path / "stub.py").write_text(STUB)
+    command = (sys.executable, str(tmp_path / "stub.py"))
+    monkeypatch.setattr(gpu, "PYTHON", command)
+    monkeypatch.setattr(gpu, "EXPERIMENT", command)
+    return gpu.Report(tmp_path / "part.json", print, None, False, 30.0, found={"versions": {}})
+
+
+def test_gpu_part_goes_on_after_a_crash_and_is_cut_by_its_clock(stub):
+    stub.seconds = 6.0
+    gpu.train(stub)
+    found = json.loads(stub.file.read_text())
+    assert [row["variant"] for row in found["rows"]] == ["scan", "unrolled"]
+    assert found["versions"] == {"torch": "2"}
+    assert "out of memory" in found["failed"]["remat"]
+    assert found["cut"].keys() == {"unrolled", "scan, XLA's attention", "remat, XLA's attention"}
+    assert "stopped after" in found["cut"]["unrolled"]
+    assert found["seconds"] < 12
+
+
+def test_gpu_fashion_is_trained_while_there_is_time(stub, monkeypatch):
+    """A preset that ends in time is whole; one that does not is told to end, and evaluated as it was saved."""
+    monkeypatch.setattr(gpu, "LEAST", 2)
+    stub.seconds = 8.0
+    gpu.fashion(stub)
+    found = json.loads(stub.file.read_text())
+    assert found["lab-unet"] | {"steps": 500, "of": 5_000, "trained": True} == found["lab-unet"]
+    assert found["lab-dit"] | {"steps": 700, "of": 20_000, "trained": False} == found["lab-dit"]
+    assert found["cut"].keys() == {"lab-dit, training"}
+    assert "failed" not in found
+
+
+def test_gpu_names_missing_packages(monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in ("ot", "tyro", "torch") else name)
+    assert gpu.missing(["fashion"]).endswith("python -m pip install tyro POT; optional: torch")
+    assert "POT" not in gpu.missing(["train"])

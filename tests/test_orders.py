@@ -79,9 +79,9 @@ def test_a_learnt_velocity_is_safe_with_steps_that_know_the_path():
     assert all(distance is None or distance > 1 for distance in lost)
 
 
-def test_the_pictures_are_drawn(tmp_path):
+def test_the_plots_are_drawn(tmp_path):
     rows = [orders.summary("noise", "linear", "ancestral", (10, 20), (0.2, 0.1), sigma="1", begin=0.0)]
-    orders.draw(rows, tmp_path / "noise.png")
+    orders.draw(tmp_path / "noise.png", orders.curves(rows), "steps")
     assert (tmp_path / "noise.png").stat().st_size > 1000
     assert json.loads(json.dumps(rows[0]))["order"] == 1.0
     assert isinstance(orders.PATHS["linear"], paths.Linear)

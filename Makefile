@@ -25,8 +25,8 @@ env: $(READY)  ## builds .venv from the pinned versions
 
 # Takes memory in huge pages: the faults of small ones cost a sixth of a training step on a CPU (glibc 2.35 or newer; docs/networks.md).
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
-demo: $(READY)  ## trains on real digits and draws what it learnt: under 5 minutes on two cores
-	$(RUN) -m experiments.digits $(ARGS)
+demo: $(READY)  ## trains on real digits and draws what it learnt: 2 to 3 minutes on two cores
+	$(RUN) -m experiments.images digits $(ARGS)
 
 test: $(READY)  ## the whole suite; ARGS="-k paths" picks
 	$(RUN) -m pytest --numprocesses auto $(ARGS)

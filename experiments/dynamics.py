@@ -9,7 +9,6 @@ points, not 20% each: points fall to a mode near their start and hardly ever cro
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -21,6 +20,7 @@ import matplotlib
 import numpy as np
 import tyro
 
+from experiments import run_folder
 from fmjax import marginals, metrics, paths, sampling, times
 
 matplotlib.use("agg")
@@ -34,56 +34,52 @@ class Config:
     """Follows three stochastic differential equations, and compares what they do with what is known."""
 
     folder: Path = Path("runs/dynamics")
-    """Where the run is written."""
+    """Folder of the run."""
     samples: int = 2000
-    """Trajectories of every equation, to measure; some are drawn."""
+    """Number of trajectories of each equation; some are plotted."""
     brownian_sigma: float = 1.0
     """Diffusion coefficient of the Brownian motion, which starts at 0."""
     brownian_end: float = 5.0
-    """Its last time."""
+    """Last time of the Brownian motion."""
     brownian_steps: int = 500
-    """Its Euler-Maruyama steps."""
+    """Euler-Maruyama steps of the Brownian motion."""
     ou_theta: float = 0.25
-    """Pull of the Ornstein-Uhlenbeck process to 0."""
+    """Rate at which the Ornstein-Uhlenbeck process returns to 0."""
     ou_sigmas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
-    """Its diffusion coefficients, a run each."""
+    """Diffusion coefficients of the Ornstein-Uhlenbeck process, one run for each."""
     ou_spread: float = 5.0
-    """Standard deviation of its normal start."""
+    """Standard deviation of the Ornstein-Uhlenbeck process's normal start."""
     ou_end: float = 20.0
-    """Its last time."""
+    """Last time of the Ornstein-Uhlenbeck process."""
     ou_steps: int = 1000
-    """Its Euler-Maruyama steps."""
+    """Euler-Maruyama steps of the Ornstein-Uhlenbeck process."""
     langevin_sigma: float = 0.6
     """Diffusion coefficient of the Langevin dynamics."""
     langevin_end: float = 5.0
-    """Its last time."""
+    """Last time of the Langevin dynamics."""
     langevin_steps: int = 1000
-    """Its Euler-Maruyama steps."""
+    """Euler-Maruyama steps of the Langevin dynamics."""
     langevin_longer: int = 20
-    """How many times as long a second run goes on, in steps of the same length."""
+    """Length of a second run of the Langevin dynamics, as a multiple of the first, in steps of the same length."""
     langevin_spread: float = math.sqrt(20.0)
-    """Standard deviation of its normal start."""
+    """Standard deviation of the Langevin dynamics' normal start."""
     modes: int = 5
-    """Normal modes of equal weight of its stationary density."""
+    """Number of normal modes, of equal weight, in the Langevin dynamics' stationary density."""
     mode_std: float = 0.75
-    """Their standard deviation."""
+    """Standard deviation of each mode."""
     mode_scale: float = 15.0
-    """Side of the square in which their means are drawn."""
+    """Side of the square in which the modes' means are drawn."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random numbers."""
 
 
 def main(config: Config):
     begin = time.perf_counter()
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
-    key_brownian, key_ou, key_langevin = jax.random.split(jax.random.key(config.seed), 3)
-    report = brownian(config, key_brownian) | ornstein_uhlenbeck(config, key_ou) | langevin(config, key_langevin)
-    report |= {"seconds in all": time.perf_counter() - begin}
-    (config.folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    for name, value in report.items():
-        print(f"{name:62} {value:10.5f}")
-    print(f"\nThe run is in {config.folder}/: brownian.png, ornstein_uhlenbeck.png, langevin.png, metrics.json, config.json")
+    with run_folder.claim(config, free=vars(config)):
+        key_brownian, key_ou, key_langevin = jax.random.split(jax.random.key(config.seed), 3)
+        report = brownian(config, key_brownian) | ornstein_uhlenbeck(config, key_ou) | langevin(config, key_langevin)
+        report |= {"seconds in all": time.perf_counter() - begin}
+        run_folder.report(config.folder, report, digits=5)
 
 
 def brownian(config, key):
@@ -112,8 +108,10 @@ def ornstein_uhlenbeck(config, key):
     x_0 = config.ou_spread * sampling.noise(key_0, (config.samples, 1))
     report = {}
 
-    figure, rows = plt.subplots(2, len(config.ou_sigmas), figsize=(3.6 * len(config.ou_sigmas), 6.4), layout="constrained", squeeze=False)
-    for above, below, key, sigma in zip(*rows, keys, config.ou_sigmas, strict=True):
+    figure, axes_grid = plt.subplots(
+        2, len(config.ou_sigmas), figsize=(3.6 * len(config.ou_sigmas), 6.4), layout="constrained", squeeze=False
+    )
+    for above, below, key, sigma in zip(*axes_grid, keys, config.ou_sigmas, strict=True):
         states = follow(lambda x, t: -theta * x, sigma, key, x_0, grid)[..., 0]
         kept = np.exp(-2 * theta * np.asarray(grid))
         stationary = sigma**2 / (2 * theta)
@@ -127,9 +125,9 @@ def ornstein_uhlenbeck(config, key):
         if stationary:
             below.plot(x, normal(x, stationary), "--", color=POINTS, linewidth=1.3, label="stationary, N(0, $\\sigma^2/2\\theta$)")
         below.set(xlabel=f"$X_t$ at t = {config.ou_end:g}", yticks=[])
-    rows[0, 0].set_ylabel("$X_t$")
-    rows[1, 0].set_ylabel("density")
-    handles, labels = (a + b for a, b in zip(*(axes.get_legend_handles_labels() for axes in rows[:, -1]), strict=True))
+    axes_grid[0, 0].set_ylabel("$X_t$")
+    axes_grid[1, 0].set_ylabel("density")
+    handles, labels = (a + b for a, b in zip(*(axes.get_legend_handles_labels() for axes in axes_grid[:, -1]), strict=True))
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
         f"Ornstein-Uhlenbeck, $dX = -\\theta X\\,dt + \\sigma\\,dW$, $\\theta$ = {theta:g}, from N(0, {config.ou_spread:g}$^2$)"
@@ -167,8 +165,8 @@ def langevin(config, key):
         }
     report |= {"Langevin, theory: variance within modes": config.mode_std**2, "Langevin, theory: share of a mode": 1 / config.modes}
 
-    moments = [0, len(grid) // 10, len(grid) // 2, len(grid) - 1]
-    shown = [(f"t = {grid[i]:.1f}", states[i]) for i in moments] + [(f"t = {longer_end:g}", longer), ("exact samples", exact)]
+    frames = [0, len(grid) // 10, len(grid) // 2, len(grid) - 1]
+    shown = [(f"t = {grid[i]:.1f}", states[i]) for i in frames] + [(f"t = {longer_end:g}", longer), ("exact samples", exact)]
     draw_langevin(config.folder / "langevin.png", shown, log_density, means, config)
     return report
 
@@ -189,7 +187,7 @@ def compare(name, x, variance):
 
 
 def within(x, means):
-    """The share of points nearest to every mean, their variance about it, a coordinate, and its standard error."""
+    """The share of points nearest to every mean, their variance about it per coordinate, and its standard error."""
     squares = ((np.asarray(x)[:, None] - np.asarray(means)) ** 2).mean(-1)
     nearest = squares.min(1)
     share = np.bincount(squares.argmin(1), minlength=len(means)) / len(nearest)
@@ -223,8 +221,8 @@ def draw_langevin(file, shown, log_density, means, config, side=160, count=1000)
     ticks = np.linspace(-limit, limit, side)
     points = jnp.stack(jnp.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
     density = np.exp(log_density(points, 1.0)).reshape(side, side)
-    figure, rows = plt.subplots(2, 3, figsize=(10.5, 7.4), layout="constrained", sharex=True, sharey=True)
-    for axes, (title, x) in zip(rows.flat, shown, strict=True):
+    figure, axes_grid = plt.subplots(2, 3, figsize=(10.5, 7.4), layout="constrained", sharex=True, sharey=True)
+    for axes, (title, x) in zip(axes_grid.flat, shown, strict=True):
         axes.contourf(ticks, ticks, density, levels=np.linspace(0.02, 1.05, 8) * density.max(), cmap="Blues", alpha=0.8)
         axes.scatter(*x[:count].T, s=4, color=POINTS, alpha=0.6, linewidths=0)
         axes.set(title=title, aspect="equal", xlim=(-limit, limit), ylim=(-limit, limit))

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from fmjax import checkpoints, guidance, paths, pictures, sampling, targets, times, training
+from experiments import plots, run_folder
+from fmjax import checkpoints, guidance, paths, sampling, targets, times, training
 from fmjax.data import digits
 from fmjax.models import dit
 
@@ -27,26 +28,31 @@ PATH = paths.Linear()
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Draws what solvers and guidance make of the digits that `make demo` learnt."""
+    """Plots what solvers and guidance make of the digits that `make demo` learnt."""
 
     run: Path = Path("runs/digits")
-    """The run of `make demo`; its path must be the linear one."""
+    """Folder of the run of `make demo`; its path must be the linear one."""
     folder: Path = Path("runs/gallery")
-    """Where the pictures are written."""
+    """Folder of the plots."""
     evaluations: int = 8
-    """Of the network, for every solver; a guided one is a single call."""
+    """Evaluations of the network by each solver; with guidance each counts once."""
     scale: float = 2.0
-    """Guidance of the solvers' picture."""
+    """Guidance scale of the plot of solvers."""
     scales: tuple[float, ...] = (1.5, 3.0, 6.0)
-    """Guidance scales of the other picture."""
+    """Guidance scales of the plot of guidance."""
     columns: int = 10
-    """Images a row, one of each digit and round again."""
+    """Images per row, one of each digit and round again."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
 
 def main(config: Config):
-    config.folder.mkdir(parents=True, exist_ok=True)
+    with run_folder.claim(config, free=vars(config)):
+        run_folder.report(config.folder, draw(config))
+
+
+def draw(config):
+    """Draws both plots; gives each solver's error."""
     field_y = network(config.run)
     key_0, key_noise = jax.random.split(jax.random.key(config.seed))
     x_0 = sampling.noise(key_0, (config.columns, 8, 8, 1))
@@ -54,33 +60,32 @@ def main(config: Config):
     guided = guidance.classifier_free(field_y, y, digits.CLASSES, config.scale)
 
     exact = follow(guided, sampling.rk4, 100)(x_0)
-    images = {"fine": exact}
+    images, errors = {"fine": exact}, {}
     for name, (step, each) in FLOWS.items():
         image = follow(guided, step, config.evaluations // each)(x_0)
-        images[f"{name} {float(jnp.abs(image - exact).mean()):.3f}"] = image
+        errors[name] = float(jnp.abs(image - exact).mean())
+        images[f"{name} {errors[name]:.3f}"] = image
     sigma = sampling.sigma_beta(PATH)
     for name, (step, each) in NOISY.items():
         grid = times.uniform_grid(config.evaluations // each)
         run = functools.partial(sampling.sample_diffusion, PATH, guided, sigma, step=step)
         images[name] = jax.jit(lambda key, x_0, run=run, grid=grid: run(key, x_0, grid)[0])(key_noise, x_0)
     blocks = {f"{config.evaluations} evaluations": jnp.stack([*images.values()])}
-    pictures.samples(config.folder / "solvers.png", blocks, images, config.columns, height=7.5)
+    plots.samples(config.folder / "solvers.png", blocks, images, config.columns, height=7.5)
 
     blocks = {
         f"scale {scale:g}": jnp.stack([follow(make(field_y, y, scale), sampling.midpoint, 25)(x_0) for make in GUIDANCE.values()])
         for scale in config.scales
     }
-    pictures.samples(config.folder / "guidance.png", blocks, GUIDANCE, config.columns)
-    for name in images:
-        print(name)
-    print(f"\nThe pictures are in {config.folder}/: solvers.png, guidance.png")
+    plots.samples(config.folder / "guidance.png", blocks, GUIDANCE, config.columns)
+    return errors
 
 
 def network(run):
-    """(x, t, y) -> velocity, from a run of `experiments.digits` on the linear path."""
+    """(x, t, y) -> velocity, from a run of `experiments.images digits` on the linear path."""
     settings = json.loads((run / "config.json").read_text())
-    patch, width, depth, heads = (settings[name] for name in ("patch", "width", "depth", "heads"))
-    model = dit.DiT(patch, width, depth, heads, digits.CLASSES, dropout=settings["dropout"])
+    patch_size, hidden_size, depth, num_heads = (settings["network"][name] for name in ("patch_size", "hidden_size", "depth", "num_heads"))
+    model = dit.DiT(patch_size, hidden_size, depth, num_heads, digits.CLASSES)
     # The optimiser's state has its shape whatever the schedule.
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(0.0)))
 

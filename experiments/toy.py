@@ -7,8 +7,9 @@
 
 About a minute on two CPU cores. The sliced Wasserstein distance of 10,000 samples to as many data, at scale 1, comes near
 that of data to data, which is 0.02 to 0.03. Predicted noise and scores err most where alpha is small, predicted data
-where beta is, since the velocity divides their errors by these. The folder of the run then holds config.json,
-metrics.json, loss.png, density.png, trajectories.png, field.png and checkpoints/; a run that was killed goes on with the same command.
+where beta is, since the velocity divides their errors by these. The folder of the run then holds config.json, metrics.json,
+history.jsonl, tensorboard/, loss.png, density.png, trajectories.png, field.png and checkpoints/; a run that was killed goes on
+with the same command.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ import optax
 import tyro
 from scipy import ndimage
 
-from experiments import folder
-from fmjax import checkpoints, losses, metrics, paths, pictures, sampling, targets, times, training
+from experiments import run_folder
+from fmjax import losses, metrics, paths, sampling, targets, times, training
 from fmjax.data import toy
 from fmjax.models import mlp
 
@@ -37,7 +38,7 @@ Name = Literal["gaussian", "mixture", "eight_gaussians", "moons", "circles", "ch
 
 # The energy distance is of all pairs, so of this many samples at most.
 PAIRED = 4000
-# Points that stand for an exact density in pictures.
+# Points that stand for an exact density in plots.
 EXACT = 100_000
 
 SOURCE, DATA = "#3b6fb6", "#e4632d"
@@ -48,49 +49,53 @@ class Config:
     """Trains a flow or a diffusion model on points of the plane, and draws its density, its trajectories and its field."""
 
     folder: Path = Path("runs/toy")
-    """Where the run is written."""
+    """Folder of the run."""
     data: Name = "pinwheel"
-    """The set to learn, centred and divided by its standard deviation."""
+    """Set to learn, centred and divided by its standard deviation."""
     source: Name = "gaussian"
     """Where samples start: noise, or another set, likewise of scale 1, for a bridge (velocity and sigma 0 only)."""
     target: Literal["velocity", "score", "noise", "data", "v"] = "velocity"
     """What the network predicts. Errors of the score count by beta^2, as errors of the noise: at the data it is infinite."""
     path: paths.Linear | paths.Cosine | paths.VariancePreserving | paths.Polynomial | paths.SquareRoot = paths.Linear()
-    """How noise becomes data."""
+    """Path from the source to the data."""
     start: float = 0.01
-    """The first time of training and of sampling: at 0, predicted noise or score has an infinite velocity where alpha is 0."""
+    """First time of training and of sampling: at 0, predicted noise or score has an infinite velocity where alpha is 0."""
     end: float = 0.999
-    """The last one, from where a step goes to the expected data: at 1, some paths have an infinite velocity, and so has predicted data."""
+    """Last time, from where a step goes to the expected data: at 1, some paths have an infinite velocity, and so has predicted data."""
     sigma: float = 0.0
-    """The diffusion coefficient: 0 samples the ODE, more an SDE with the same marginals."""
+    """Diffusion coefficient: 0 samples the ODE, more an SDE with the same marginals."""
     proportional: bool = True
     """Whether sigma is multiplied by beta_t; a constant one makes the SDE stiff near the data and needs many evaluations."""
-    width: int = 128
-    """Features of a layer of the network."""
+    hidden_size: int = 128
+    """Features per layer of the network."""
     depth: int = 4
-    """Its hidden layers."""
+    """Hidden layers of the network."""
     steps: int = 4000
     """Training steps."""
     batch: int = 512
-    """Fresh points per step."""
+    """Fresh points per training step."""
     learning_rate: float = 5e-3
-    """Of Adam, before its cosine decay to zero."""
+    """Learning rate of Adam at first, before its cosine decay to zero."""
     ema_decay: float = 0.998
-    """Of the average of the parameters that is sampled."""
+    """Decay, per training step, of the average of the parameters that is sampled."""
+    log_every: int = 50
+    """Training steps between two logs."""
+    save_every: int = 1000
+    """Training steps between two checkpoints."""
     evaluations: int = 100
-    """Euler or Euler-Maruyama steps of a sample."""
+    """Steps of the sampler (Euler or Euler-Maruyama), each one evaluation of the network."""
     samples: int = 10_000
-    """Samples to measure and to draw."""
+    """Number of samples to measure and to plot."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random numbers."""
 
 
-FREE = ("sigma", "proportional", "evaluations", "samples")
+FREE = ("sigma", "proportional", "evaluations", "samples", "save_every")
 
 
 def main(config: Config):
     check(config, getattr(targets, config.target))
-    with folder.claim(config, free=FREE):
+    with run_folder.claim(config, free=FREE):
         run(config)
 
 
@@ -102,7 +107,7 @@ def run(config):
     )
     source, data = standard(config.source, key_scale), standard(config.data, key_scale)
 
-    model = mlp.MLP(config.width, config.depth)
+    model = mlp.MLP(config.hidden_size, config.depth)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     measured = targets.noise if target is targets.score else target
 
@@ -118,20 +123,10 @@ def run(config):
 
     state = training.init(jax.jit(model.init)(key_init, jnp.zeros((1, 2)), 0.5), optimizer)
     step = training.make_step(loss_fn, optimizer, ema_decay=config.ema_decay)
-    with checkpoints.Checkpointer(config.folder / "checkpoints", keep=1) as checkpointer:
-        begun = checkpointer.resume(training.Run(state, key_train))
-        # The points are drawn in the loss.
-        ended = training.fit(
-            step,
-            begun,
-            lambda step: None,
-            steps=config.steps,
-            log_every=50,
-            save=checkpointer.save,
-            save_every=1000,
-            progress=sys.stderr.isatty(),
-        )
-    state, history = ended.state, ended.history
+    # The points are drawn in the loss.
+    state, numbers = run_folder.train(
+        config, step, training.Run(state, key_train), lambda step: None, f"loss of the {config.target}, per coordinate"
+    )
     trained = time.perf_counter()
 
     grid = times.uniform_grid(config.evaluations, config.start, config.end)
@@ -157,16 +152,14 @@ def run(config):
         "sliced Wasserstein, data to data (the floor)": float(metrics.sliced_wasserstein(key_metric, again, fresh)),
         "energy distance, samples to data": float(metrics.energy_distance(x_1[:PAIRED], fresh[:PAIRED])),
         "energy distance, data to data (the floor)": float(metrics.energy_distance(again[:PAIRED], fresh[:PAIRED])),
-        "loss, the last steps": history[-1]["loss"],
+        **numbers,
     }
-    pictures.loss(config.folder / "loss.png", history, f"loss of the {config.target}, a coordinate")
     exact = tuple(draw(key, EXACT) for draw, key in zip((source, data), jax.random.split(key_exact), strict=True))
     draw_density(config.folder / "density.png", np.asarray(states), np.append(grid, 1.0), path, exact)
     draw_trajectories(config.folder / "trajectories.png", np.asarray(states), config)
     draw_field(config.folder / "field.png", jax.jit(velocity), path, exact, config)
     report |= {"seconds to train": trained - begin, "seconds in all": time.perf_counter() - begin}
-    made = "density.png, trajectories.png, field.png, loss.png, metrics.json, config.json, checkpoints/"
-    folder.report(config.folder, report, made)
+    run_folder.report(config.folder, report)
 
 
 def check(config, target):
@@ -181,8 +174,8 @@ def check(config, target):
         raise SystemExit(f"An SDE needs the score, which a bridge from {config.source} does not know: use --sigma 0, or --source gaussian.")
     wanted = (targets.velocity, targets.score) if config.sigma else (targets.velocity,)
     for flag, t, inside in (("start", config.start, 0.01), ("end", config.end, 0.999)):
-        rows = [target(config.path, t), *(targets.coefficients(config.path, t, source=target, target=to) for to in wanted)]
-        if not np.isfinite(rows).all():
+        coefficients = [target(config.path, t), *(targets.coefficients(config.path, t, source=target, target=to) for to in wanted)]
+        if not np.isfinite(coefficients).all():
             names = " or the ".join(to.__name__ for to in wanted)
             raise SystemExit(
                 f"At t = {t:g} the {config.target} on {config.path}, or the {names} from it, is infinite: try --{flag} {inside}."
@@ -214,20 +207,20 @@ def density(points, limit, bins=160, blur=2.0):
     return ndimage.gaussian_filter(counts.T, blur)
 
 
-def draw_density(file, states, grid, path, exact, moments=(0.0, 0.4, 0.7, 0.9, 1.0)):
+def draw_density(file, states, grid, path, exact, frames=(0.0, 0.4, 0.7, 0.9, 1.0)):
     """The samples' p_t above the exact one, which is of points on the path between source and data."""
     x_0, x_1 = exact
     limit = window(x_0, x_1)
-    figure, rows = plt.subplots(2, len(moments), figsize=(2.4 * len(moments), 5.1), layout="constrained", sharex=True, sharey=True)
-    for moment, (above, below) in zip(moments, rows.T, strict=True):
-        i = int(np.abs(grid - moment).argmin())
+    figure, axes_grid = plt.subplots(2, len(frames), figsize=(2.4 * len(frames), 5.1), layout="constrained", sharex=True, sharey=True)
+    for frame, (above, below) in zip(frames, axes_grid.T, strict=True):
+        i = int(np.abs(grid - frame).argmin())
         images = density(states[i], limit), density(paths.interpolate(path, x_0, x_1, grid[i]), limit)
         for axes, image in zip((above, below), images, strict=True):
             axes.imshow(image, extent=(-limit, limit) * 2, origin="lower", cmap="magma", vmin=0, vmax=1.1 * images[1].max())
             axes.set(xticks=[], yticks=[])
         above.set_title(f"t = {grid[i]:.2f}")
-    rows[0, 0].set_ylabel("model", fontsize=12)
-    rows[1, 0].set_ylabel("exact", fontsize=12)
+    axes_grid[0, 0].set_ylabel("model", fontsize=12)
+    axes_grid[1, 0].set_ylabel("exact", fontsize=12)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
@@ -247,14 +240,14 @@ def draw_trajectories(file, states, config, count=400):
     plt.close(figure)
 
 
-def draw_field(file, velocity, path, exact, config, moments=(0.05, 0.3, 0.6, 0.9), side=32):
+def draw_field(file, velocity, path, exact, config, frames=(0.05, 0.3, 0.6, 0.9), side=32):
     """Streamlines of the velocity, coloured by speed, over the exact density."""
     x_0, x_1 = exact
     limit = 1.1 * window(x_1)
     ticks = np.linspace(-limit, limit, side)
     x = jnp.stack(jnp.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
-    figure, row = plt.subplots(1, len(moments), figsize=(3.2 * len(moments), 3.6), layout="constrained", sharex=True, sharey=True)
-    for axes, t in zip(row, moments, strict=True):
+    figure, row = plt.subplots(1, len(frames), figsize=(3.2 * len(frames), 3.6), layout="constrained", sharex=True, sharey=True)
+    for axes, t in zip(row, frames, strict=True):
         u = np.asarray(velocity(x, jnp.clip(t, config.start, config.end))).reshape(side, side, 2)
         image = density(paths.interpolate(path, x_0, x_1, t), limit)
         axes.imshow(image, extent=(-limit, limit) * 2, origin="lower", cmap="Greys", alpha=0.6)

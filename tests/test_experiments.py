@@ -1,9 +1,12 @@
 """The experiments run, at a size of seconds: their files, their numbers against theory, their errors."""
 
 import dataclasses
+import functools
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,13 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments import digits, dynamics, fashion_mnist, gallery, latents, toy
-from fmjax import files, paths
+from experiments import dynamics, gallery, images, run_folder, toy
+from fmjax import files, paths, training
+from fmjax.data import latents
 from fmjax.models import unet
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
-SMALL = {"width": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "samples": 200}
+SMALL = {"hidden_size": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "samples": 200}
 
 
 def run_toy(folder, **changes):
@@ -38,7 +42,7 @@ def read(folder, files, folders=()):
 
 
 @pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch):
+def coarse_plots(monkeypatch):
     monkeypatch.setattr(toy, "EXACT", 2000)
 
 
@@ -53,6 +57,7 @@ def coarse_pictures(monkeypatch):
 )
 def test_toy_runs(tmp_path, changes):
     report = run_toy(tmp_path, **changes)
+    assert (tmp_path / "history.jsonl").read_text()
     assert report["sliced Wasserstein, data to data (the floor)"] < 0.5
 
 
@@ -88,10 +93,17 @@ def test_dynamics(tmp_path):
         assert abs(report[f"{name}: variance"] - report[f"{name}: in theory"]) < 4 * report[f"{name}: standard error"], name
 
 
-@pytest.mark.parametrize("experiment", [digits, dynamics, fashion_mnist, gallery, toy])
-def test_unknown_flags_are_refused(experiment, capsys):
+@pytest.mark.parametrize(
+    "parse",
+    [
+        *(functools.partial(tyro.cli, experiment.Config) for experiment in (dynamics, gallery, toy)),
+        lambda args: images.parse(["digits", *args]),
+    ],
+    ids=["dynamics", "gallery", "toy", "images"],
+)
+def test_unknown_flags_are_refused(parse, capsys):
     with pytest.raises(SystemExit) as exit:
-        tyro.cli(experiment.Config, args=["--no-such-flag", "1"])
+        parse(args=["--no-such-flag", "1"])
     assert exit.value.code
     assert "no-such-flag" in capsys.readouterr().err
 
@@ -108,45 +120,110 @@ def test_flags_reach_the_configuration():
     assert config == toy.Config(data="spirals", sigma=1.0, path=paths.Polynomial(3.0))
 
 
-def test_digits_samples_again_from_its_checkpoint(tmp_path):
-    small = {
-        "folder": tmp_path,
-        "width": 16,
-        "depth": 1,
-        "heads": 2,
-        "steps": 3,
-        "batch": 16,
-        "samples": 12,
-        "sampling_steps": 2,
-        "guidance": (2.0,),
-    }
-    files = ["samples.png", "trajectories.png", "loss.png", "config.json"]
-    digits.main(digits.Config(**small))
-    trained = read(tmp_path, files, ["checkpoints"])
+PLOTS = ["samples.png", "trajectories.png", "loss.png", "history.jsonl", "config.json"]
+
+
+def config(name, folder, *, network=(), **changes):
+    """A preset at a size of seconds."""
+    (_, preset) = images.PRESETS[name]
+    small = {"steps": 4, "batch": 16, "warm_up": 1, "log_every": 2, "save_every": 2, "sampling_steps": 2, "guidance": (2.0,), "samples": 12}
+    sizes = {"hidden_size": 16, "depth": 1, "num_heads": 2} if isinstance(preset.network, images.Transformer) else {}
+    network = dataclasses.replace(preset.network, **sizes | dict(network))
+    return dataclasses.replace(preset, folder=folder, network=network, **small | changes)
+
+
+def images_in(folder, size, classes=("ant", "bee"), count=12):
+    """A folder of PNG files in colour by class."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_every_preset_has_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        images.parse(["--help"])
+    printed = capsys.readouterr().out
+    for name, (sentence, preset) in images.PRESETS.items():
+        assert f"• {name}" in printed
+        assert sentence.endswith(".")
+        assert preset.folder == Path("runs") / name
+    assert {preset.folder for _, preset in images.PRESETS.values()} == {Path("runs") / name for name in images.PRESETS}
+
+
+def test_every_flag_has_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        images.parse(["digits", "--help"])
+    printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(images.Config):
+        if field.name not in ("network", "path", "classifier"):
+            assert re.search(rf"--{field.name.replace('_', '-')}\b.*? [A-Z]\w* .*?\. \(default: ", printed), field.name
+
+
+def test_flags_reach_an_experiment_of_images():
+    args = ["digits", "--network.depth", "2", "--guidance", "2", "path:polynomial", "--path.power", "3"]
+    (_, digits) = images.PRESETS["digits"]
+    network = dataclasses.replace(digits.network, depth=2)
+    assert images.parse(args) == dataclasses.replace(digits, network=network, guidance=(2.0,), path=paths.Polynomial(3.0))
+
+
+def test_digits_sample_again_from_their_checkpoint(tmp_path):
+    small = config("digits", tmp_path, save_images=2)
+    images.main(small)
+    trained = read(tmp_path, PLOTS, ["checkpoints", "tensorboard", "samples"])
     (tmp_path / "samples.png").unlink()
-    digits.main(digits.Config(**small, train=False))
-    again = read(tmp_path, files, ["checkpoints"])
-    assert {name: value for name, value in again.items() if "seconds" not in name} == pytest.approx(
-        {name: value for name, value in trained.items() if "seconds" not in name}, rel=1e-5
-    )
+    images.main(dataclasses.replace(small, train=False, save_images=1))
+    assert {path.name for path in (tmp_path / "samples").rglob("*.png")} == {"0000.png"}
+    again = read(tmp_path, PLOTS, ["checkpoints"])
+    measured = {name for name in again if "seconds" not in name}
+    assert trained.keys() - again.keys() == {"training steps per second", "training loss per pixel, last tenth"}
+    assert {name: again[name] for name in measured} == pytest.approx({name: trained[name] for name in measured}, rel=1e-5)
     with pytest.raises(ValueError, match=r"is of another model: .* is float32\[.*there and float32\["):
-        digits.main(digits.Config(**small | {"width": 32}, train=False))
+        images.main(config("digits", tmp_path, network={"hidden_size": 32}, train=False))
+
+
+def test_digits_go_on_bit_for_bit(tmp_path, monkeypatch):
+    """SIGTERM between two logs and two checkpoints ends them with the status that says so; the same command goes on."""
+    small = config("digits", tmp_path / "run")
+    images.main(dataclasses.replace(small, folder=tmp_path / "whole"))
+    make_batches = images.make_batches
+
+    def make_batches_and_end(*arguments):
+        batches = make_batches(*arguments)
+
+        def batch(n):
+            if n == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batches(n)
+
+        return batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "make_batches", make_batches_and_end)
+        with pytest.raises(SystemExit) as exit:
+            images.main(small)
+    assert exit.value.code == training.PREEMPTED
+    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
+    images.main(small)
+    for name in ("history.jsonl", "samples.png", "trajectories.png", "loss.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_the_gallery_draws_a_run(tmp_path, monkeypatch, capsys):
-    small = {"width": 16, "depth": 1, "heads": 2, "steps": 2, "batch": 16, "samples": 11, "sampling_steps": 2}
-    digits.main(digits.Config(folder=tmp_path, guidance=(2.0,), **small))
+    images.main(config("digits", tmp_path))
     few = {"FLOWS": ["unipc 2"], "NOISY": ["euler_maruyama", "churn"], "GUIDANCE": ["projected", "interval", "weighted"]}
     for table, names in few.items():
         monkeypatch.setattr(gallery, table, {name: getattr(gallery, table)[name] for name in names})
     gallery.main(gallery.Config(run=tmp_path, folder=tmp_path / "gallery", columns=2, scales=(2.0,)))
-    assert {file.name for file in (tmp_path / "gallery").iterdir()} == {"solvers.png", "guidance.png"}
-    assert re.search(r"unipc 2 \d\.\d{3}\n", capsys.readouterr().out)
+    assert {file.name for file in (tmp_path / "gallery").iterdir()} == {"solvers.png", "guidance.png", "config.json", "metrics.json"}
+    assert re.search(r"unipc 2 +\d\.\d{3}\n", capsys.readouterr().out)
 
 
 def test_digits_without_a_checkpoint_say_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*train first"):
-        digits.main(digits.Config(folder=tmp_path, train=False))
+        images.main(config("digits", tmp_path, train=False))
 
 
 @pytest.fixture
@@ -158,92 +235,113 @@ def few_clothes(monkeypatch):
         return rng.uniform(-1, 1, (count, 28, 28, 1)).astype(np.float32), np.arange(count, dtype=np.int32) % 10
 
     parts = part(260), part(40)
-    monkeypatch.setattr(fashion_mnist.fashion_mnist, "load", lambda folder: parts)
+    monkeypatch.setattr(images.fashion_mnist, "load", lambda folder: parts)
 
 
 def test_fashion_mnist(tmp_path, few_clothes):
-    network = fashion_mnist.Transformer(patch=14, width=16, depth=1, heads=2)
-    small = dict(network=network, steps=3, batch=16, warm_up=1, guidance=(2.0,), samples=2, sampling_steps=2, judge_epochs=0)
-    config = fashion_mnist.Config(tmp_path / "run", results=tmp_path / "results.json", **small)
+    small = {"results": tmp_path / "results.json", "classifier": images.Convolutional(0), "save_images": 1}
     (tmp_path / "results.json").write_text('{"another": {"loss": 1.0}}')
-    fashion_mnist.main(config)
-    files = ["samples.png", "trajectories.png", "loss.png", "config.json"]
-    report = read(tmp_path / "run", files, ["checkpoints"])
+    images.main(config("fashion-lab-dit", tmp_path / "run", network={"patch_size": 14}, **small))
+    report = read(tmp_path / "run", PLOTS, ["checkpoints", "samples/Ankle boot", "samples/T-shirt-top"])
+    assert report["training steps per second"] > 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results.keys() == {"another", "run"}
     assert results["run"].items() >= report.items()
+    assert results["run"].keys() >= {"device", "commit", "versions", "settings"}
+    assert results["run"]["settings"]["network"]["patch_size"] == 14
 
 
 def test_fashion_mnist_of_the_course():
-    configs = {name: config for name, (_, config) in fashion_mnist.CONFIGS.items()}
-    assert configs["lab-dit"].network == fashion_mnist.Transformer(patch=4, width=256, depth=8, heads=8)
-    assert fashion_mnist.make_network(configs["lab-unet"].network).clone(num_classes=None) == unet.LabUNet()
-    chosen = tyro.extras.overridable_config_cli(fashion_mnist.CONFIGS, args=["lab-unet", "--steps", "7"])
-    assert chosen == dataclasses.replace(configs["lab-unet"], steps=7)
+    (_, lab_dit), (_, lab_unet), (_, small) = (images.PRESETS[f"fashion-{name}"] for name in ("lab-dit", "lab-unet", "dit"))
+    assert lab_dit.network == images.Transformer(patch_size=4, hidden_size=256, depth=8, num_heads=8)
+    made, published = images.make_network(lab_unet, 10), unet.LabUNet(num_classes=10)
+    assert all(getattr(made, name) == getattr(published, name) for name in unet.UNet.__dataclass_fields__ if name not in ("parent", "name"))
+    args = [
+        "fashion-lab-unet",
+        "--steps",
+        "7",
+        "--samples",
+        "5",
+        "--folder",
+        "F",
+        "--results",
+        "R",
+        "--data-dir",
+        str(Path(__file__).parent),
+    ]
+    chosen = images.parse(args)
+    changes = {"steps": 7, "samples": 5, "folder": Path("F"), "results": Path("R"), "data_dir": Path(__file__).parent}
+    assert chosen == dataclasses.replace(lab_unet, **changes)
     with pytest.raises(SystemExit, match=r"--warm-up is 150 steps of 20 in all"):
-        fashion_mnist.main(dataclasses.replace(configs["dit"], steps=20))
+        images.main(dataclasses.replace(small, steps=20))
     with pytest.raises(FileNotFoundError, match="has neither train-images-idx3-ubyte"):
-        fashion_mnist.main(dataclasses.replace(chosen, data_dir=Path(__file__).parent))
+        images.main(chosen)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fully_sharded"])
+def test_a_folder_of_colour_images(tmp_path, sharding):
+    """Of 64 x 64 pixels, on eight devices; saved samples can be trained on again."""
+    photos = images_in(tmp_path / "photos", 64)
+    small = config(
+        *("folder", tmp_path / "run"),
+        **dict(data=str(photos), threads=0, batch=8, network={"patch_size": 16}, dtype="float32", held_out=0.25, eval_every=2),
+        **dict(sharding=sharding, samples=4, save_images=2, classifier=images.Convolutional(1)),
+    )
+    images.main(small)
+    report = read(tmp_path / "run", [*PLOTS, "samples_2.png", "samples_4.png"], ["checkpoints"])
+    assert 0 <= report["label accuracy at guidance 2"] <= 1
+    data = images.open_data(dataclasses.replace(small, data=str(tmp_path / "run" / "samples")))
+    assert (data.names, data.shape, len(data.train) + len(data.held_out)) == (("ant", "bee"), (64, 64, 3), 4)
 
 
 def test_latents_go_on_where_they_ended(tmp_path):
-    (_, small) = latents.CONFIGS["small"]
-    config = dataclasses.replace(
-        small,
-        folder=tmp_path / "run",
-        way="pmap",
-        patch=4,
-        depth=1,
-        batch=8,
-        steps=4,
-        every=2,
-        save_every=2,
-        look_every=4,
-        sampling_steps=1,
-    )
-    latents.main(dataclasses.replace(config, steps=2))
-    latents.main(config)
-    for name in ("samples.png", "samples_4.png", "loss.png", "config.json"):
-        assert (tmp_path / "run" / name).stat().st_size > 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
-    assert ["held-out loss" in row for row in rows] == [False, True]
-    assert 0 < rows[1]["held-out loss"] < 10
+    small = config("synthetic", tmp_path / "run", sharding="pmap", network={"patch_size": 4}, batch=8, eval_every=4)
+    images.main(dataclasses.replace(small, steps=2))
+    images.main(small)
+    read(tmp_path / "run", [*PLOTS, "samples_4.png"], ["tensorboard"])
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [metrics["step"] for metrics in history] == [2, 4]
+    assert ["held-out loss per pixel" in metrics for metrics in history] == [False, True]
+    assert 0 < history[1]["held-out loss per pixel"] < 10
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-    # In one part it is the same, to the pictures.
-    latents.main(dataclasses.replace(config, folder=tmp_path / "whole"))
-    for name in ("rows.jsonl", "samples.png", "samples_4.png", "loss.png"):
+    # In one part it is the same, to the plots.
+    images.main(dataclasses.replace(small, folder=tmp_path / "whole"))
+    for name in ("history.jsonl", "samples.png", "samples_4.png", "loss.png"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     with pytest.raises(SystemExit, match=r"run has a run of another configuration: --batch was 8 and is 16; --seed was 0 and is 1\. Give"):
-        latents.main(dataclasses.replace(config, batch=16, seed=1))
+        images.main(dataclasses.replace(small, batch=16, seed=1))
     with files.Lock(tmp_path / "run"), pytest.raises(SystemExit, match=r"run is written to by process .*, which is this one"):
-        latents.main(config)
+        images.main(small)
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(SystemExit, match=r"config\.json cannot be read .*: remove it, or give another --folder"):
-        latents.main(config)
+        images.main(small)
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} >= {"2", "4"}
 
 
-def test_latents_from_files_and_folders(tmp_path):
-    from fmjax.data import latents as written
-
-    (_, small) = latents.CONFIGS["small"]
-    written.write(tmp_path / "0.array_record", np.zeros((3, 8, 8, 4), np.float16), [0, 1, 2])
-    source = latents.open_data(dataclasses.replace(small, data=str(tmp_path)))
-    assert (len(source), source[1][0].shape, int(source[1][1])) == (3, (8, 8, 4), 1)
+def test_data_from_files_and_folders(tmp_path):
+    latents.write(tmp_path / "0.array_record", np.zeros((20, 8, 8, 4), np.float16), range(20))
+    small = config("latents", tmp_path / "run", data=str(tmp_path), classes=20)
+    data = images.open_data(small)
+    assert (len(data.train), len(data.held_out), data.shape, len(data.names)) == (19, 1, (8, 8, 4), 20)
     with pytest.raises(SystemExit, match=r"--data is nowhere, which is no folder"):
-        latents.open_data(dataclasses.replace(small, data="nowhere"))
-    with pytest.raises(SystemExit, match=r"The data are of shape \(8, 8, 4\): give --size and --channels so"):
-        latents.main(dataclasses.replace(small, folder=tmp_path / "run", data=str(tmp_path), channels=3))
-    for name in ("ant", "bee"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "a.png")
-    photos = dataclasses.replace(small, folder=tmp_path / "run", data=str(tmp_path / "photos"))
-    with pytest.raises(SystemExit, match=r"photos, a folder of images, but --channels is 4: give 3 for RGB or 1"):
-        latents.main(photos)
-    with pytest.raises(SystemExit, match=r"The data have 2 classes: give --classes 2, not 10"):
-        latents.main(dataclasses.replace(photos, channels=3))
-    with pytest.raises(SystemExit, match=r"--save-every is 15: give a multiple of --every, 10"):
-        latents.main(dataclasses.replace(small, folder=tmp_path / "run", save_every=15))
-    with pytest.raises(SystemExit, match=r"--look-every is 15: give a multiple of --every, 10"):
-        latents.main(dataclasses.replace(small, folder=tmp_path / "run", look_every=15))
+        images.main(dataclasses.replace(small, data="nowhere"))
+    with pytest.raises(SystemExit, match=r"The data have 4 channels, so they are no images to save or to classify"):
+        images.main(dataclasses.replace(small, save_images=1))
+    with pytest.raises(SystemExit, match=r"--save-every is 15: give a multiple of --log-every, 10"):
+        images.main(dataclasses.replace(small, log_every=10, save_every=15))
+    with pytest.raises(SystemExit, match=r"--eval-every is 15: give a multiple of --log-every, 10"):
+        images.main(dataclasses.replace(small, log_every=10, save_every=20, eval_every=15))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_process_of_any_experiment_is_named(tmp_path):
+    with files.Lock(tmp_path), pytest.raises(SystemExit, match=r"is written to by process .*, which is this one"):
+        dynamics.main(dynamics.Config(folder=tmp_path))
+
+
+def test_a_copy_without_its_history_says_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert run_folder.commit() is None
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert run_folder.commit() == "abc1234"

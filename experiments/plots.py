@@ -1,9 +1,11 @@
-"""Pictures of a run, written to files: its loss, its samples, and noise becoming data.
+"""Plots of a run, written to files: its loss, its samples, and noise becoming data.
 
-They need matplotlib (`pip install fmjax[pictures]`).
+They need matplotlib (`pip install fmjax[experiments]`).
 """
 
 import numpy as np
+
+DPI = 120
 
 
 def loss(file, history, label="loss"):
@@ -11,16 +13,16 @@ def loss(file, history, label="loss"):
 
     Args:
       file: where to write, a path that ends in the format's name, as .png does.
-      history: rows with `step` and `loss`, as `training.fit` gives them.
+      history: metrics with `step` and `loss`, as `training.fit` gives them.
       label: what the loss is.
     """
     figure = _figure(6, 3.5)
     axes = figure.add_subplot()
-    axes.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=1)
-    positive = all(row["loss"] > 0 for row in history)
+    axes.plot([metrics["step"] for metrics in history], [metrics["loss"] for metrics in history], linewidth=1)
+    positive = all(metrics["loss"] > 0 for metrics in history)
     axes.set(xlabel="step", ylabel=label, yscale="log" if positive else "linear")
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
 
 
 def samples(file, blocks, rows, columns=10, height=3.9):
@@ -28,14 +30,16 @@ def samples(file, blocks, rows, columns=10, height=3.9):
 
     Args:
       file: where to write.
-      blocks: a title a block, and its images, (classes, n, H, W, 1) in grey, dark on light, or (classes, n, H, W, 3) in
-        colours, in [-1, 1].
+      blocks: the title of each block and its images, (classes, n, H, W, C) in [-1, 1]: in colours where C is 3, else the first
+        channel in grey, dark on light.
       rows: the classes' names.
       columns: images of a class that are drawn.
-      height: of the blocks, in inches.
+      height: of the blocks, in inches, or as many as their pixels need.
     """
     shown = {title: _tile(images[:, :columns]) for title, images in blocks.items()}
-    width = height * next(iter(shown.values())).shape[1] / next(iter(shown.values())).shape[0]
+    first = next(iter(shown.values()))
+    height = max(height, first.shape[0] / DPI)
+    width = height * first.shape[1] / first.shape[0]
     figure = _figure(max(width, 1.2) * len(shown) + 0.6, height + 0.2)
     for i, (title, image) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(1, len(shown), i)
@@ -43,18 +47,18 @@ def samples(file, blocks, rows, columns=10, height=3.9):
         axes.set(title=title, xticks=[], yticks=[])
         if i == 1:
             axes.set(**_ticks("y", rows, image.shape[0]))
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
 
 
 def trajectories(file, states, times, rows, columns=11):
-    """Draws images on their way from noise to data: a row per image, time from left to right.
+    """Draws images on their way from noise to data: one in each row, time from left to right.
 
     Args:
       file: where to write.
-      states: (times, n, H, W, 1 or 3), as a sampler saves them.
+      states: (times, n, H, W, C), as a sampler saves them.
       times: the grid, (times,).
       rows: the images' names.
-      columns: moments that are drawn.
+      columns: times that are drawn.
     """
     states, times = np.asarray(states), np.asarray(times)
     chosen = np.linspace(0, len(times) - 1, columns).round().astype(int)
@@ -63,20 +67,20 @@ def trajectories(file, states, times, rows, columns=11):
     axes = figure.add_subplot()
     _show(axes, image)
     axes.set(xlabel="t", **_ticks("x", [f"{times[i]:.1f}" for i in chosen], image.shape[1]), **_ticks("y", rows, image.shape[0]))
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
 
 
 def _figure(width, height):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'fmjax[pictures]'") from error
+        raise ImportError("Plots need matplotlib: pip install 'fmjax[experiments]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _tile(images):
-    """(rows, columns, H, W, C) to one image, with a line between."""
-    images = np.asarray(images)
+    """(rows, columns, H, W, C) to one image of 1 or 3 channels, with a line between."""
+    images = np.asarray(images) if images.shape[-1] == 3 else np.asarray(images)[..., :1]
     rows, columns, height, width, channels = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-1 if channels == 1 else 1)
     return padded.swapaxes(1, 2).reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]

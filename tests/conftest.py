@@ -1,17 +1,24 @@
 """Strict everywhere: warnings are errors (pyproject.toml), ranks never promote, and there are eight CPU devices.
 
-Compiled programs are kept in .pytest_cache/ for pytest's other workers, for the processes that tests start and for the next run,
-since most of the time is compilation. JAX writes there without a lock; who reads a half-written program compiles it (pyproject.toml).
+Most of the time is compilation. Compiled programs are kept in .pytest_cache/ for pytest's other workers, for the processes that tests
+start and for the next run; JAX writes there without a lock, and who reads a half-written program compiles it (pyproject.toml). And they
+are compiled in a quarter of the time and run slower: without LLVM's optimisations and, where jaxlib has a choice, without MLIR's
+emitters, in these processes too. Where a test runs for longer than it compiles it asks for `optimized`.
 Tests run on the CPU, or with FMJAX_TEST_PLATFORM=gpu where JAX finds a GPU (`make gpu`).
 """
 
 import os
 from pathlib import Path
 
+import jaxlib
+
 # Before jax is imported: emulated devices starve each other on few cores otherwise (jax <= 0.11).
 os.environ.setdefault("PJRT_NPROC", "16")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if jaxlib.version.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import pytest
@@ -30,13 +37,24 @@ def x64():
 
 
 @pytest.fixture
-def unoptimized():
-    """Programs are compiled as they come: for tests that compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """Programs are optimised as they are by default: for tests that run for longer than they compile."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def unoptimized():
+    """As everywhere else."""
 
 
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def fast_key():
+    """For many draws from one key, of a generator that compiles and draws in half the time."""
+    return jax.random.key(0, impl="unsafe_rbg")

@@ -13,7 +13,6 @@ from fmjax import marginals, paths, sampling, times
 
 FIELD = marginals.velocity(paths.Linear(), mixture())
 SOLVERS = {"tsit5": None, "dopri5": diffrax.Dopri5()}
-pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 @pytest.mark.parametrize("each", [True, False], ids=["each", "batch"])

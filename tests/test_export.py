@@ -12,7 +12,6 @@ from fmjax import export, guidance, likelihood, marginals, sampling, times
 from fmjax.models import dit, unet
 from fmjax.paths import Linear
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 RUN = """
 import sys
 sys.modules["fmjax"] = None

@@ -8,8 +8,6 @@ from battery import PATHS, TARGETS, mixture, name
 
 from fmjax import losses, marginals, paths, targets
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def draws(key, shape=(6, 4, 4, 3)):
     key_0, key_1, key_t = jax.random.split(key, 3)

@@ -11,7 +11,6 @@ from battery import BOUNDED, PATHS, mixture, name
 from fmjax import marginals, paths, sampling
 
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
-pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def diagonal():

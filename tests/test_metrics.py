@@ -16,8 +16,6 @@ from scipy import linalg
 
 from fmjax import metrics
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 KEY = jax.random.key(0)
 # Compiled where they can be: one program a shape.
 sliced_wasserstein = jax.jit(functools.partial(metrics.sliced_wasserstein, projections=64))

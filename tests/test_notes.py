@@ -11,7 +11,6 @@ from battery import BOUNDED, PATHS, VarianceExploding, name
 
 from fmjax import losses, marginals, paths, sampling, targets
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 each_bounded = pytest.mark.parametrize("path", BOUNDED, ids=name)
 WEIGHTS, MEANS, SCALES = np.array([0.2, 0.5, 0.3]), np.array([1.5, -1.2, 0.2]), np.array([0.4, 0.6, 0.3])

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec
 from fmjax import losses, parallel, paths, sampling, times, training
 from fmjax.models import dit, mlp
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 MODEL = mlp.MLP(hidden_size=64, depth=2, num_classes=4)
 WIDE = dit.DiT(patch_size=4, hidden_size=128, depth=1, num_heads=2, num_classes=4)
 OPTIMIZER = optax.adam(1e-3)

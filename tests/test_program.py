@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from fmjax import checkpoints, metrics
@@ -22,6 +23,7 @@ def run(document):
     return names
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_readme_program_learns_the_moons():
     names = run("README.md")
     other = toy.moons(jax.random.key(2), 2_000)

@@ -26,16 +26,17 @@ def weighted_moments(data):
     return mean, jnp.einsum("k,ki,kj->ij", data.weights, centred, centred) + (data.weights @ data.scales**2) * jnp.eye(2)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "sigma",
     [0.0, 0.5, 1.0, 2.0, lambda t: 2 * paths.Linear().beta(t)],
     ids=["0", "0.5", "1", "2", "2 beta_t"],
 )
-def test_every_sigma_has_the_marginals_of_the_flow(sigma, key):
+def test_every_sigma_has_the_marginals_of_the_flow(sigma, fast_key):
     """Mean and covariance of 40,000 samples within 4 standard errors of the data's, from the velocity alone."""
     n, path, data = 40_000, paths.Linear(), mixture()
     drift = sampling.sde_drift(path, marginals.velocity(path, data), sigma)
-    key_0, key_noise = jax.random.split(key)
+    key_0, key_noise = jax.random.split(fast_key)
     # Steps shrink towards the data, where the score is steep.
     times = jnp.sin(jnp.linspace(0, jnp.pi / 2, 401))
     x = jax.jit(lambda key, x_0: sampling.sample_sde(drift, sigma, key, x_0, times)[0])(key_noise, jax.random.normal(key_0, (n, 2)))
@@ -89,26 +90,28 @@ def test_brownian_motion_has_independent_gaussian_increments(key):
     assert abs((late**4).mean() / (late**2).mean() ** 2 - 3) < 4 * np.sqrt(24 / n)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
-def test_ornstein_uhlenbeck_reaches_its_variance(sigma, key):
+def test_ornstein_uhlenbeck_reaches_its_variance(sigma, fast_key):
     n, theta = 20_000, 0.25
     times = jnp.linspace(0, 20, 1001)
-    x = jax.jit(lambda key, x_0: sampling.sample_sde(lambda x, t: -theta * x, sigma, key, x_0, times)[0])(key, jnp.full((n, 1), 3.0))
+    x = jax.jit(lambda key, x_0: sampling.sample_sde(lambda x, t: -theta * x, sigma, key, x_0, times)[0])(fast_key, jnp.full((n, 1), 3.0))
     # Its own, and what Euler-Maruyama with this step adds to first order.
     variance = sigma**2 / (2 * theta) * (1 - np.exp(-2 * theta * 20)) * (1 + theta * 0.02 / 2)
     assert abs(float(x.var()) - variance) < 4 * np.sqrt(2 / n) * variance
     assert abs(float(x.mean()) - 3 * np.exp(-theta * 20)) < 4 * np.sqrt(variance / n) + 1e-3
 
 
-def test_langevin_dynamics_reach_and_keep_their_mixture(key):
+@pytest.mark.usefixtures("optimized")
+def test_langevin_dynamics_reach_and_keep_their_mixture(fast_key):
     n, sigma = 20_000, 1.4
     data = marginals.GaussianMixture(jnp.array([0.3, 0.7]), jnp.array([[1.0, 0.0], [-1.0, 0.5]]), jnp.array([0.7, 0.8]))
     score = marginals.score(paths.Linear(), data)
     drift = sampling.langevin(lambda x, t: score(x, 1.0), sigma)
     run = jax.jit(lambda key, x_0: sampling.sample_sde(drift, sigma, key, x_0, jnp.linspace(0, 12, 1201))[0])
     mean, covariance = weighted_moments(data)
-    for seed, x_0 in enumerate((3 * jax.random.normal(key, (n, 2)), data.sample(key, n))):
-        x = np.asarray(run(jax.random.key(seed), x_0), np.float64)
+    for key, x_0 in zip(jax.random.split(fast_key), (3 * jax.random.normal(fast_key, (n, 2)), data.sample(fast_key, n)), strict=True):
+        x = np.asarray(run(key, x_0), np.float64)
         np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4 * np.sqrt(np.diag(covariance) / n))
         np.testing.assert_array_less(np.abs(np.cov(x.T) - covariance), 0.04)
 
@@ -342,7 +345,6 @@ def test_a_field_of_a_time_per_example_is_told_the_cure():
         sampling.sample_ode(lambda x, t: 1 // 0, x, grid)
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine(), paths.SquareRoot(), paths.VariancePreserving()], ids=name)
 @pytest.mark.parametrize("source", [targets.noise, targets.score, targets.data], ids=name)

@@ -47,7 +47,6 @@ def counted(calls):
     return field
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
@@ -65,7 +64,6 @@ def test_evaluations(step, expected):
     assert max(calls) < 1 or step is None
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     ("make", "held"),
     [
@@ -107,7 +105,6 @@ def test_polynomials_are_integrated_exactly(make, held, order, x64):
         np.testing.assert_allclose(saved[i + 1], exact(saved[i], fine), rtol=1e-9)
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("path", PATHS, ids=name)
 def test_without_memory_they_are_ddim(path, key, x64):
     """Order 1 of every exponential method, and the ancestral step without noise, hold data and noise; on the linear path so does Euler."""
@@ -186,12 +183,13 @@ def test_ancestral_starts_at_noise_and_ends_at_data(key):
         assert jnp.isfinite(x).all()
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("solver", NOISY_STEPS)
-def test_marginals(solver, key):
+def test_marginals(solver, fast_key):
     """Mean and covariance of 20,000 samples within 4 standard errors of the data's, for every step; other sigmas are in test_orders.py."""
     n, path, data = 20_000, paths.Linear(), mixture()
     velocity, step = marginals.velocity(path, data), NOISY_STEPS[solver]
-    key_0, key_noise = jax.random.split(key)
+    key_0, key_noise = jax.random.split(fast_key)
     # Euler-Maruyama and the ancestral step err in proportion to their size, the others less.
     steps = 300 if step is sampling.euler_maruyama or solver == "ancestral" else 100
     last = sampling.euler_maruyama_noiseless if step is sampling.stochastic_heun else None
@@ -293,7 +291,6 @@ def test_the_way_back(path, key, x64):
     np.testing.assert_allclose(sampling.sample_ode(back, x_1, grid_back, step=sampling.rk4)[0], x_0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_steps_agree_in_any_batch_and_under_jit_traces(key):
     """Memory is carried in the scan: one trace, and no example in another's memory."""
     path, grid = paths.Linear(), times.uniform_grid(12)
@@ -313,7 +310,6 @@ def test_steps_agree_in_any_batch_and_under_jit_traces(key):
     np.testing.assert_allclose(corrected, every_corrected[2:5], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_a_multistep_sampler_is_differentiable(key, x64):
     """Masked weights of the first steps must not turn gradients to NaN."""
     path = paths.Linear()
@@ -332,7 +328,6 @@ def test_a_multistep_sampler_is_differentiable(key, x64):
     assert jnp.isfinite(by_grid).all()
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_a_sampler_with_noise_is_differentiable(key, x64):
     """In its grid's inner times too, as `times.optimize_grid` needs: at noise and data what is kept of the noise has an infinite slope."""
     path = paths.Linear()
@@ -367,7 +362,6 @@ def test_thinned_trajectories(key):
         sampling.sample_ode(field, x_0, grid, save=lambda x, t: x, save_every=5)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_a_grid_that_leaves_the_path_is_named():
     for grid in (jnp.linspace(-0.5, 1, 5), jnp.linspace(0, 1.5, 5)):
         with pytest.raises(ValueError, match=r"times go from .* but a path goes from 0, noise, to 1, data"):

@@ -10,8 +10,6 @@ from battery import BOUNDED, PATHS, TARGETS, mixture, name
 
 from fmjax import losses, marginals, paths, sampling, targets
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 each_source = pytest.mark.parametrize("source", TARGETS, ids=name)
 each_target = pytest.mark.parametrize("target", TARGETS, ids=name)

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from fmjax import marginals, paths, sampling, times
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 @pytest.mark.parametrize(
     ("draw", "distribution"),

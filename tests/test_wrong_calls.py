@@ -40,8 +40,6 @@ from fmjax import (
 )
 from fmjax.models import layers
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 LIBRARY = str(Path(fmjax.__file__).parent)
 PATH, B = paths.Linear(), 3
 MIXTURE = marginals.GaussianMixture(jnp.ones(2), jnp.array([[1.0, 0.0, 2.0], [-1.0, 0.5, 0.0]]), jnp.ones(2))

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,38 +25,55 @@ SECONDS = 120
 """That a process may take; a whole one takes a tenth of it."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """The process that trainings are forked from (`worker.py`)."""
+    Worker.server, theirs = socket.socketpair()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdin=theirs, start_new_session=True):
+        theirs.close()
+        yield
+        Worker.server.close()
+
+
 class Worker:
     """A training in the background; its lines are read as they come."""
 
+    server: socket.socket
+
     def __init__(self, folder, **config):
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps({"folder": str(folder), **config})]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        (printed, theirs), (told, status) = os.pipe(), os.pipe()
+        socket.send_fds(self.server, [json.dumps({"folder": str(folder), **config}).encode()], [theirs, status])
+        for descriptor in (theirs, status):
+            os.close(descriptor)
+        self.printed, self.told = os.fdopen(printed, errors="replace"), os.fdopen(told)
+        self.pid = int(self.told.readline())
         self.lines = []
 
     def until(self, wanted):
         """Reads until a line that begins so, or the end."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.printed:
             self.lines.append(line.rstrip())
             if line.startswith(wanted):
                 return True
         return False
 
     def kill(self, number=signal.SIGKILL):
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def end(self, seconds=SECONDS):
         """The exit status and all that was printed."""
-        try:
-            rest, _ = self.process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self.process.communicate()
-            raise
-        return self.process.returncode, "\n".join([*self.lines, rest])
+        late = threading.Timer(seconds, self.kill)
+        late.daemon = True
+        late.start()
+        with self.printed, self.told:
+            rest = self.printed.read()
+            status = int(self.told.readline())
+        assert late.is_alive(), f"not at its end after {seconds} seconds: {rest}"
+        late.cancel()
+        return status, "\n".join([*self.lines, rest])
 
 
 def run(folder, **config):
@@ -113,7 +131,7 @@ def test_killed_twelve_times(tmp_path, cache, undisturbed):
     rng, reached, halves = random.Random(0), [], 0
     for attempt in range(12):
         in_a_write = attempt % 3 > 0
-        worker = Worker(tmp_path, cache=cache, pause=0.02, write=0.4 if in_a_write else 0.0)
+        worker = Worker(tmp_path, cache=cache, pause=0.1, write=0.4 if in_a_write else 0.0)
         assert worker.until("from"), worker.lines
         start = int(worker.lines[-1].split()[1])
         reached.append(start)
@@ -169,7 +187,8 @@ def test_a_folder_that_is_deleted_on_the_way(tmp_path, cache, undisturbed):
     folder = tmp_path / "run"
     worker = Worker(folder, cache=cache, pause=0.1)
     assert worker.until("row 6")
-    shutil.rmtree(folder)
+    # Its writes must not make files where others are being deleted.
+    shutil.rmtree(folder.rename(tmp_path / "deleted"))
     status, printed = worker.end()
     assert status == 0, printed
     assert_same(folder, undisturbed)
@@ -182,7 +201,7 @@ def test_two_on_one_folder(tmp_path, cache, undisturbed):
     assert first.until("row 4")
     status, printed = Worker(tmp_path, cache=cache).end()
     assert status == 1
-    assert f"BlockingIOError: {tmp_path}/checkpoints is written to by process {first.process.pid} on " in printed
+    assert f"BlockingIOError: {tmp_path}/checkpoints is written to by process {first.pid} on " in printed
     status, printed = first.end()
     assert status == 0, printed
     assert_same(tmp_path, undisturbed)
@@ -327,7 +346,8 @@ def test_both_end_where_one_is_told_to(tmp_path, undisturbed):
 def test_one_of_two_is_killed(tmp_path):
     """The other ends within half a minute of it."""
     first, second = start_two(tmp_path, pause=0.3, steps=2000, timeout=20)
-    assert first.until("row 4")
+    # The checkpoint of step 4 has begun, which it does when that of step 2 is whole.
+    assert first.until("row 6")
     second.kill()
     began = time.monotonic()
     status, printed = first.end(seconds=60)

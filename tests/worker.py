@@ -1,17 +1,30 @@
 """A training in a process of its own, to be killed, resumed and divided: `python worker.py '{"folder": ...}'`.
 
-It learns to interpolate noise and points with `fit`, a pipeline and a `Checkpointer`, prints a line a row, and leaves the final state
+It learns to interpolate noise and points with `fit`, a pipeline and a `Checkpointer`, prints a line per row, and leaves the final state
 in `final.npz` and its rows in `rows.jsonl`.
+
+Without an argument it serves: for each message of its standard input, a Unix socket, a training is forked off, so that all of them
+share the import of JAX, a third of a training's time. JAX makes its threads when it is first used, which is after the fork.
 """
 
+import contextlib
 import json
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 os.environ["PJRT_NPROC"] = "16"
 
 import jax
+import numpy as np
+import optax
+import tensorboardX  # noqa: F401, which `training.tensorboard` imports
+
+from fmjax import checkpoints, files, losses, parallel, paths, training
+from fmjax.data import images, pipeline
+from fmjax.models import mlp
 
 DEFAULTS = {
     **{"steps": 24, "every": 2, "save_every": 2, "keep": 3, "way": "replicated", "devices": 1},
@@ -28,15 +41,6 @@ def main(given):
     if "cache" in config:
         jax.config.update("jax_compilation_cache_dir", config["cache"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-    import time
-
-    import numpy as np
-    import optax
-
-    from fmjax import checkpoints, files, losses, parallel, paths, training
-    from fmjax.data import images, pipeline
-    from fmjax.models import mlp
 
     # Small arrays go the way of large ones: every device that has one writes its slice.
     checkpoints.SMALLEST_SLICE = 1
@@ -115,5 +119,38 @@ def main(given):
     print("done", flush=True)
 
 
+def served():
+    """What a forked training is asked for; the process that serves does not return.
+
+    With a message come two pipes: what the training prints goes to the first, and its process id, then its exit status, to the second.
+    """
+    server = socket.socket(fileno=0)
+    while server.recv(1, socket.MSG_PEEK):
+        message, (printed, told), *_ = socket.recv_fds(server, 1 << 16, 2)
+        if not os.fork():
+            break
+        os.close(printed)
+        os.close(told)
+    else:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        sys.exit()
+    # This one waits for the training, since only its parent can.
+    server.close()
+    os.open(os.devnull, os.O_RDONLY)
+    if training := os.fork():
+        os.close(printed)
+        os.write(told, f"{training}\n".encode())
+        os.write(told, f"{os.waitstatus_to_exitcode(os.waitpid(training, 0)[1])}\n".encode())
+        os._exit(0)
+    os.close(told)
+    os.setsid()
+    for output in (1, 2):
+        os.dup2(printed, output)
+    os.close(printed)
+    return json.loads(message)
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]) if len(sys.argv) > 1 else served())

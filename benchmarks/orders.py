@@ -11,7 +11,7 @@ last two numbers of steps.
 "flow": the mean |x - x*| per coordinate of a mixture in the plane, in float32, against 8,000 steps of Runge-Kutta 4 in float64; it falls to
 rounding and stays there, up to 4,000 steps.
 
-"learnt": the energy distance to fresh data of what a perceptron that learnt two moons draws in 100 steps, beside that of as many data. A
+"learnt": the energy distance to fresh data of what an MLP that learnt two moons draws in 100 steps, beside that of as many data. A
 learnt velocity errs, and a sigma that does not fall with beta multiplies the error near data in the drift of the SDE, not in steps
 that know the path.
 """

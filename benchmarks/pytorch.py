@@ -2,7 +2,7 @@
 
 Its blocks are those of (Peebles and Xie 2023), attention by `scaled_dot_product_attention`. It takes its sizes from fmjax's network, and
 its modules have the names of fmjax's, so that weights go over by name. Only what the benchmarks use is here: sinusoids of the time,
-added positions, the defaults of normalisation and perceptron, no dropout. Images are (B, C, H, W).
+added positions, the defaults of normalisation and MLP, no dropout. Images are (B, C, H, W).
 """
 
 import importlib

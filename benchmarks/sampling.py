@@ -54,9 +54,9 @@ class Config(harness.Config):
     steps: int = 100
     """Steps of a sampler."""
     width: int = 64
-    """Of the perceptron."""
+    """Of the MLP."""
     depth: int = 4
-    """Of the perceptron."""
+    """Of the MLP."""
     guidance_batches: tuple[int, ...] = (256, 1024)
     """Numbers of points in the measurement of guidance."""
     image_batches: tuple[int, ...] = (64, 256)
@@ -72,7 +72,7 @@ class Config(harness.Config):
 
 
 def network(config, classes=None):
-    """The perceptron and its weights at random."""
+    """The MLP and its weights at random."""
     model = mlp.MLP(hidden_size=config.width, depth=config.depth, num_classes=classes)
     labels = () if classes is None else (jnp.zeros(1, int),)
     return model, model.init(jax.random.key(config.seed), jnp.zeros((1, 2)), 0.5, *labels)
@@ -192,7 +192,7 @@ def guided(config, name, model, params, shape, steps):
 
 
 def guided_points(config):
-    """Guidance of the perceptron."""
+    """Guidance of the MLP."""
     for batch in config.guidance_batches:
         yield from guided(config, f"MLP, batch {batch}", *network(config, classes=10), (batch, 2), config.steps)
 

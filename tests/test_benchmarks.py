@@ -241,7 +241,7 @@ def test_solvers_err_less_with_more_evaluations(tmp_path, monkeypatch, x64):
 
 
 def test_gpu_parts_on_a_cpu(tmp_path, monkeypatch):
-    """Everything is small, and a file says what was run, where, and why clothes were not."""
+    """Everything is small, and a file says what was run, where, and why Fashion-MNIST was not."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     assert gpu.main(gpu.Config(minutes=5, only=("tests", "sample", "fashion"), out=tmp_path)) == 0
     found = {file.stem: json.loads(file.read_text()) for file in tmp_path.iterdir()}

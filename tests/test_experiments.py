@@ -227,7 +227,7 @@ def test_digits_without_a_checkpoint_say_so(tmp_path):
 
 
 @pytest.fixture
-def few_clothes(monkeypatch):
+def few_images(monkeypatch):
     """Noise in the form of Fashion-MNIST: 260 images to train on, 40 held out."""
     rng = np.random.default_rng(0)
 
@@ -238,7 +238,7 @@ def few_clothes(monkeypatch):
     monkeypatch.setattr(images.fashion_mnist, "load", lambda folder: parts)
 
 
-def test_fashion_mnist(tmp_path, few_clothes):
+def test_fashion_mnist(tmp_path, few_images):
     small = {"results": tmp_path / "results.json", "classifier": images.Convolutional(0), "save_images": 1}
     (tmp_path / "results.json").write_text('{"another": {"loss": 1.0}}')
     images.main(config("fashion-lab-dit", tmp_path / "run", network={"patch_size": 14}, **small))

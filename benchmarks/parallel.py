@@ -26,6 +26,7 @@ import tyro
 
 from benchmarks import harness, train_step
 from fmjax import checkpoints, parallel, training
+from fmjax.checkpoints import store
 from fmjax.data import images, pipeline
 from fmjax.models import dit
 
@@ -146,16 +147,16 @@ def stall(config):
 def verified(config):
     """A checkpoint read with its checksums over one without, from the system's memory of the files both times."""
     state, name = large(config)
-    verify = checkpoints._verify
+    verify = store.verify
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.save(folder + "/one", state)
 
         def restore(check):
-            checkpoints._verify = check
+            store.verify = check
             jax.block_until_ready(checkpoints.restore(folder + "/one", state))
 
         measured = timed(config.saves, functools.partial(restore, verify), functools.partial(restore, lambda folder, expected: None))
-        checkpoints._verify = verify
+        store.verify = verify
     yield harness.ratio(f"a checkpoint of {name}, verified over read alone", measured, 0, 1, most=1.5)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from fmjax import checkpoints, export, training
+from fmjax.checkpoints import folders
 
 PAGE = 4096
 ADAM, KEY = optax.adam(1e-3), jax.random.key(3)
@@ -150,7 +151,7 @@ def measure(count, seed=0):
             while True:
                 # Any file; of the last checkpoint the largest, where the arrays are; and that in which the rest stands.
                 largest = max(last, key=lambda path: path.stat().st_size)
-                file = rng.choice([rng.choice(files), largest, *[path for path in last if path.name == checkpoints.INDEX]])
+                file = rng.choice([rng.choice(files), largest, *[path for path in last if path.name == folders.INDEX]])
                 content = file.read_bytes()
                 changed = fault(content, rng)
                 if changed != content:

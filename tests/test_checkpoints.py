@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fmjax import checkpoints, training
+from fmjax.checkpoints import folders, store
 
 # Orbax's readers that an error cuts off complain when they are collected, which may be in a later test of this file.
 pytestmark = [
@@ -84,7 +85,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def fail(*arguments, **keywords):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoints.ocp, "save_async", fail)
+    monkeypatch.setattr(store.ocp, "save_async", fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(tmp_path / "run", {"a": jnp.ones(3)})
     assert_bits(checkpoints.restore(tmp_path / "run", old), old)
@@ -187,7 +188,7 @@ def test_no_folder(tmp_path):
 
 def test_a_checkpoint_of_orbax(tmp_path, state):
     """Of its own, as those were that had no checksums: it is not taken for none."""
-    checkpoints.ocp.save(str(tmp_path / "7"), {"a": jnp.ones(3)})
+    store.ocp.save(str(tmp_path / "7"), {"a": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"7 is Orbax's own, without checksums: read it by orbax\.checkpoint"):
         checkpoints.restore(tmp_path / "7", {"a": jnp.ones(3)})
     with checkpoints.Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match=r"of Orbax's own, such as .*7: give another"):
@@ -217,7 +218,7 @@ def test_truncated_files(tmp_path, which, half):
 
 @pytest.mark.parametrize("sliced", [False, True])
 def test_devices_that_share_an_array_write_slices_of_a_large_one(tmp_path, caplog, sliced):
-    rows = 8 * checkpoints.SMALLEST_SLICE // 4 // 1024 // (1 if sliced else 2)
+    rows = 8 * store.SMALLEST_SLICE // 4 // 1024 // (1 if sliced else 2)
     everywhere = NamedSharding(jax.make_mesh((8,), ("all",)), PartitionSpec())
     state = jax.device_put({"kernel": jnp.arange(rows * 1024.0).reshape(rows, 1024)}, everywhere)
     with jax.log_compiles():
@@ -334,13 +335,13 @@ def test_a_save_that_is_killed_at_its_end(tmp_path, state, monkeypatch, moment, 
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints.Path, moment, killed)
-        patched.setattr(checkpoints.Path, "unlink", lambda *arguments, **keywords: None)
-        patched.setattr(checkpoints.shutil, "rmtree", lambda *arguments, **keywords: None)
+        patched.setattr(store.Path, moment, killed)
+        patched.setattr(store.Path, "unlink", lambda *arguments, **keywords: None)
+        patched.setattr(store.shutil, "rmtree", lambda *arguments, **keywords: None)
         with pytest.raises(Killed):
             checkpoints.save(runs[1], a_run(state, 2).state)
     if first:
-        assert checkpoints._steps(tmp_path / "run") == [1]
+        assert folders.steps_in(tmp_path / "run") == [1]
     else:
         assert int(checkpoints.restore(runs[1], make()).step) == 1
     (runs[1] / "fmjax.lock").unlink()
@@ -421,14 +422,14 @@ def test_what_is_read_while_it_is_removed(tmp_path, state, monkeypatch):
     """The last one may go between the look and the read."""
     with checkpoints.Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(a_run(state, 1), wait=True)
-        read = checkpoints._read
+        read = store.read
 
         def late(folder, like):
             if folder.name == "1":
                 checkpointer.save(a_run(state, 2), wait=True)
             return read(folder, like)
 
-        monkeypatch.setattr(checkpoints, "_read", late)
+        monkeypatch.setattr(store, "read", late)
         assert int(checkpoints.restore(tmp_path, make()).step) == 2
 
 
@@ -443,14 +444,14 @@ def test_a_pytree_is_no_run(tmp_path, state):
 
 def test_one_failed_write_is_one(tmp_path, state, monkeypatch):
     """The next save says so and is made, the one of the same step too."""
-    failures, sums = [], checkpoints.files.checksums
+    failures, sums = [], store.files.checksums
 
     def fail(*arguments):
         if failures:
             raise OSError(failures.pop())
         return sums(*arguments)
 
-    monkeypatch.setattr(checkpoints.files, "checksums", fail)
+    monkeypatch.setattr(store.files, "checksums", fail)
     with checkpoints.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(a_run(state, 1), wait=True)
         failures.append("No space left on device")
@@ -491,7 +492,7 @@ def test_a_folder_that_is_deleted_is_made_again(tmp_path, state):
 
 def test_signals_wait_for_the_last_save(tmp_path, state, monkeypatch, capfd):
     """SIGTERM and Ctrl-C, twice each, while it is written; they are delivered after it."""
-    sums, got = checkpoints.files.checksums, []
+    sums, got = store.files.checksums, []
     before = {number: signal.signal(number, lambda number, frame: got.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def slow(*arguments):
@@ -501,7 +502,7 @@ def test_signals_wait_for_the_last_save(tmp_path, state, monkeypatch, capfd):
         return sums(*arguments)
 
     try:
-        monkeypatch.setattr(checkpoints.files, "checksums", slow)
+        monkeypatch.setattr(store.files, "checksums", slow)
         with checkpoints.Checkpointer(tmp_path) as checkpointer:
             checkpointer.save(a_run(state, 1), wait=True)
             assert checkpointer.steps() == [1]
@@ -633,8 +634,8 @@ def test_too_little_memory_is_said_before_anything_is_read(folder, state, monkey
         asked.append([(x.shape, x.sharding.num_devices) for x in shapes])
         raise MemoryError("no room")
 
-    monkeypatch.setattr(checkpoints.parallel, "require_memory", none)
-    monkeypatch.setattr(checkpoints.ocp, "load", lambda *arguments: pytest.fail("read all the same"))
+    monkeypatch.setattr(store.parallel, "require_memory", none)
+    monkeypatch.setattr(store.ocp, "load", lambda *arguments: pytest.fail("read all the same"))
     spread = NamedSharding(Mesh(np.array(jax.devices()[:2]), "x"), PartitionSpec())
     with pytest.raises(MemoryError, match="no room"):
         checkpoints.restore(folder, jax.device_put(state, spread))

@@ -23,6 +23,7 @@ import optax
 import tensorboardX  # noqa: F401, which `training.tensorboard` imports
 
 from fmjax import checkpoints, files, losses, parallel, paths, training
+from fmjax.checkpoints import store
 from fmjax.data import images, pipeline
 from fmjax.models import mlp
 
@@ -43,7 +44,7 @@ def main(given):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     # Small arrays go the way of large ones: every device that has one writes its slice.
-    checkpoints.SMALLEST_SLICE = 1
+    store.SMALLEST_SLICE = 1
     if config["processes"] > 1:
         at = f"localhost:{config['port']}"
         parallel.initialize(at, config["processes"], config["index"], connect=config["connect"], timeout=config["timeout"])

@@ -1,0 +1,15 @@
+"""Checkpoints: a pytree to a folder and back, and those of a run that it goes on from, each checked when it is read.
+
+    with checkpoints.Checkpointer("runs/latents/checkpoints") as checkpointer:
+        run = checkpointer.resume(training.Run(state, key))
+        run = training.fit(step, run, stream, steps=..., save=checkpointer.save, save_every=5000)
+
+A checkpoint is a folder: `data-.../` by Orbax, and `checkpoint.json`, which names it, holds the SHA-256 of all its files and of itself,
+and takes its predecessor's place in one rename once everything is on the disk. What is saved is the state as one program sees it,
+whatever devices it lies on, so any number of devices restores it.
+"""
+
+from fmjax.checkpoints.checkpointer import Checkpointer
+from fmjax.checkpoints.store import CorruptCheckpoint, restore, save
+
+__all__ = ["Checkpointer", "CorruptCheckpoint", "restore", "save"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import mixture
+from cases import mixture
 
 from fmjax import marginals, paths, sampling, times
 

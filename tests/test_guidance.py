@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import BOUNDED, name
+from cases import BOUNDED, name
 
 from fmjax import guidance, inverse, marginals, paths, sampling, targets
 

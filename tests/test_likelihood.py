@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import BOUNDED, mixture, name
+from cases import BOUNDED, mixture, name
 
 from fmjax import likelihood, marginals, paths, sampling, times
 

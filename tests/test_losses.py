@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import PATHS, TARGETS, mixture, name
+from cases import PATHS, TARGETS, mixture, name
 
 from fmjax import losses, marginals, paths, targets
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import BOUNDED, PATHS, mixture, name
+from cases import BOUNDED, PATHS, mixture, name
 
 from fmjax import marginals, paths, sampling
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from battery import BOUNDED, PATHS, VarianceExploding, name
+from cases import BOUNDED, PATHS, VarianceExploding, name
 
 from fmjax import losses, marginals, paths, sampling, targets
 

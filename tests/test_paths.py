@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import BOUNDED, PATHS, VarianceExploding, name
+from cases import BOUNDED, PATHS, VarianceExploding, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import ORDERS, FlatEnds, errors_and_orders, mixture, name
+from cases import ORDERS, FlatEnds, errors_and_orders, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -219,8 +219,8 @@ def test_the_last_step_of_a_flow_may_be_another(key):
         sampling.sample_ode(field, x_0, grid)
     save = lambda x, t: (x, t)
     x_1, (states, ts) = sampling.sample_ode(field, x_0, grid, last=sampling.euler, save=save, save_every=2)
-    wide = x_0.astype(jnp.float32)
-    before = sampling.sample_ode(field, wide, grid[:-1])[0]
+    single = x_0.astype(jnp.float32)
+    before = sampling.sample_ode(field, single, grid[:-1])[0]
     np.testing.assert_allclose(states[2], before, rtol=1e-5)
     np.testing.assert_allclose(states[3], before + (grid[5] - grid[4]) * field(before, grid[4]), rtol=1e-5)
     np.testing.assert_array_equal(x_1, states[3].astype(jnp.bfloat16))

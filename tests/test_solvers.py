@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import BOUNDED, NOISY_STEPS, PATH_ORDERS, PATHS, SIGMAS, errors_and_orders, mixture, name
+from cases import BOUNDED, NOISY_STEPS, PATH_ORDERS, PATHS, SIGMAS, errors_and_orders, mixture, name
 
 from fmjax import marginals, paths, sampling, targets, times
 from fmjax.sampling import reparametrisation, steps

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from battery import PATHS, VarianceExploding, mixture, name
+from cases import PATHS, VarianceExploding, mixture, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -312,8 +312,8 @@ def test_batches_that_end():
 
 
 def test_parts_of_a_batch_in_double_precision(x64):
-    wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params(), batch(0)))
-    ends = [training.make_step(loss_fn, SGD, accumulate=n)(training.init(wide[0], SGD), KEY, wide[1]) for n in (1, 2)]
+    double = jax.tree.map(lambda x: x.astype(jnp.float64), (params(), batch(0)))
+    ends = [training.make_step(loss_fn, SGD, accumulate=n)(training.init(double[0], SGD), KEY, double[1]) for n in (1, 2)]
     assert {leaf.dtype for leaf in jax.tree.leaves((ends[1][0].params, ends[1][1]["loss"]))} == {np.dtype(np.float64)}
     chex.assert_trees_all_close(*ends, rtol=1e-12)
 

@@ -71,13 +71,13 @@ def draw(config):
         run = functools.partial(sampling.sample_diffusion, PATH, guided, sigma, step=step)
         images[name] = jax.jit(lambda key, x_0, run=run, grid=grid: run(key, x_0, grid)[0])(key_noise, x_0)
     blocks = {f"{config.evaluations} evaluations": jnp.stack([*images.values()])}
-    plots.samples(config.folder / "solvers.png", blocks, images, config.columns, height=7.5)
+    plots.samples(config.folder / "solvers.png", blocks, images, config.columns, row_height=0.5)
 
     blocks = {
         f"scale {scale:g}": jnp.stack([follow(make(field_y, y, scale), sampling.midpoint, 25)(x_0) for make in GUIDANCE.values()])
         for scale in config.scales
     }
-    plots.samples(config.folder / "guidance.png", blocks, GUIDANCE, config.columns)
+    plots.samples(config.folder / "guidance.png", blocks, GUIDANCE, config.columns, row_height=0.65)
     return errors
 
 

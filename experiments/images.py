@@ -571,7 +571,8 @@ class Classifier(nn.Module):
 
 def fit_convolutional(config, data, key):
     """images -> (labels, features), by a network that every process trains for itself, on one device."""
-    classifier, size = Classifier(len(data.names)), min(250, len(data.train))
+    # Enough steps per epoch where there are few images.
+    classifier, size = Classifier(len(data.names)), min(250, max(16, len(data.train) // 20), len(data.train))
     steps = max(1, config.classifier.epochs * len(data.train) // size)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 

@@ -25,7 +25,7 @@ def loss(file, history, label="loss"):
     figure.savefig(file, dpi=DPI)
 
 
-def samples(file, blocks, rows, columns=10, height=3.9):
+def samples(file, blocks, rows, columns=10, row_height=0.39):
     """Draws blocks of images side by side, whose rows are classes.
 
     Args:
@@ -34,11 +34,11 @@ def samples(file, blocks, rows, columns=10, height=3.9):
         channel in grey, dark on light.
       rows: the classes' names.
       columns: images of a class that are drawn.
-      height: of the blocks, in inches, or as many as their pixels need.
+      row_height: height of each row, in inches; more where its pixels need more.
     """
     shown = {title: _tile(images[:, :columns]) for title, images in blocks.items()}
     first = next(iter(shown.values()))
-    height = max(height, first.shape[0] / DPI)
+    height = max(row_height * len(rows), first.shape[0] / DPI, 1.0)
     width = height * first.shape[1] / first.shape[0]
     figure = _figure(max(width, 1.2) * len(shown) + 0.6, height + 0.2)
     for i, (title, image) in enumerate(shown.items(), 1):
@@ -63,7 +63,8 @@ def trajectories(file, states, times, rows, columns=11):
     states, times = np.asarray(states), np.asarray(times)
     chosen = np.linspace(0, len(times) - 1, columns).round().astype(int)
     image = _tile(states[chosen].swapaxes(0, 1))
-    figure = _figure(0.6 + 5.4 * image.shape[1] / image.shape[0], 5.8)
+    height = max(0.54 * len(rows), image.shape[0] / DPI)
+    figure = _figure(0.6 + height * image.shape[1] / image.shape[0], height + 0.4)
     axes = figure.add_subplot()
     _show(axes, image)
     axes.set(xlabel="t", **_ticks("x", [f"{times[i]:.1f}" for i in chosen], image.shape[1]), **_ticks("y", rows, image.shape[0]))

@@ -34,6 +34,16 @@ def test_plots_are_written(tmp_path, channels):
         assert seen[..., :3].std() > 0.05, name
 
 
+def test_few_rows_make_a_low_plot(tmp_path):
+    images = np.zeros((2, 10, 64, 64, 3))
+    plots.samples(tmp_path / "samples.png", {"one": images, "two": images}, ["a", "b"])
+    plots.trajectories(tmp_path / "trajectories.png", images.swapaxes(0, 1), np.linspace(0, 1, 10), ["a", "b"])
+    for name in ("samples", "trajectories"):
+        height, width = pyplot.imread(tmp_path / f"{name}.png").shape[:2]
+        assert 130 < height < 250, name
+        assert width < 2000, name
+
+
 def test_colours_are_those_of_the_images(tmp_path):
     red = np.full((1, 1, 8, 8, 3), -1.0)
     red[..., 0] = 1.0

@@ -111,9 +111,9 @@ class Config:
     """Compiles train steps for chips and prints what the compiler says of them, one JSON line per program."""
 
     platform: Literal["tpu", "cuda"] = "tpu"
-    """Whose programs: the two compilers are in environments of their own."""
+    """Compiler to use; the two are in environments of their own."""
     out: Path | None = None
-    """Where the lines are written too, as one list, after each program."""
+    """File that the metrics are also written to, as one list, after each program."""
     only: tuple[str, ...] = ()
     """Words that a program's name must have, such as v5e:4x4 or DiT-8B/2; all programs where none is given."""
 

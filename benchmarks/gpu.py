@@ -74,7 +74,7 @@ class Config:
     minutes: float = 9.0
     """The time for all parts; each has its share of what is left."""
     only: tuple[str, ...] = ()
-    """Parts to run: tests, train, sample, fashion; all of them where none is named."""
+    """Parts to run: tests, train, sample, fashion; all by default."""
     out: Path | None = None
     """The folder of the files; none is results/gpu, and runs/gpu on a CPU."""
     data_dir: Path | None = None

@@ -35,21 +35,21 @@ class Config:
     """What every benchmark of ratios has."""
 
     out: Path | None = None
-    """Where the lines are written too, once all are there."""
+    """File that the metrics are also written to, at the end."""
     only: tuple[str, ...] = ()
-    """Parts to measure, by the names on the progress lines; all of them where none is named."""
+    """Parts to measure, by the names on the progress lines; all by default."""
     seconds: float = 8.0
-    """About how long to measure one comparison; a longer one is less noisy."""
+    """Seconds to measure one comparison, about; more are less noisy."""
     repeats: int = 7
-    """Rounds of a comparison at least, unless ten times as long as that has passed."""
+    """Least number of rounds of a comparison, unless it takes ten times --seconds."""
     precision: float = 0.01
-    """Of a ratio, relative: there are more rounds until it is reached, or ten times as long as that has passed."""
+    """Relative error at which a ratio is precise enough; rounds go on until then, or for ten times --seconds."""
     compiles: int = 1
-    """Pairs of compilations at least, after one that does not count."""
+    """Least number of timed pairs of compilations; one before them is not counted."""
     baselines: bool = True
     """Whether to measure the other libraries that are installed."""
     seed: int = 0
-    """Of the weights and the data."""
+    """Seed of the weights and the data."""
 
 
 def start(asynchronous=False):
@@ -81,6 +81,9 @@ def report(config, parts):
 def chosen(config, parts, baselines=None, target="bench-baselines"):
     """The parts to measure; of those that need other libraries, a dictionary of their packages, the ones that have them."""
     parts = [part for part in (*parts, *(baselines or {})) if not config.only or part.__name__ in config.only]
+    unknown = set(config.only) - {part.__name__ for part in parts}
+    if unknown:
+        sys.exit(f"There is no part {' or '.join(sorted(unknown))}.")
     packages = {part: (baselines or {}).get(part, ()) for part in parts}
     return [part for part in parts if not packages[part] or (config.baselines and ready(part, packages[part], target))]
 

@@ -100,21 +100,21 @@ class Config:
     """Measures the convergence of every step."""
 
     out: Path | None = None
-    """Where the rows are written, and the pictures beside them."""
+    """File that the metrics are written to, with the plots beside it."""
     steps: tuple[int, ...] = (25, 50, 100, 200, 400, 800)
-    """Of the samplers with noise."""
+    """Numbers of steps of the SDE samplers."""
     fine: tuple[int, ...] = (10, 40, 100, 400, 1000, 4000)
-    """Of the flows."""
+    """Numbers of steps of the ODE solvers."""
     points: int = 200
-    """Of the flows."""
+    """Numbers of steps of the ODE solvers."""
     paths: tuple[str, ...] = tuple(PATHS)
-    """Which of them."""
+    """Paths to measure, by name."""
     train: int = 3000
     """Steps of training for "learnt"."""
     samples: int = 5000
     """Drawn for "learnt"."""
     parts: tuple[str, ...] = ("noise", "flow", "learnt")
-    """Which are measured."""
+    """Parts to measure: noise, flow, learnt."""
 
 
 def drawn(path, step, natural, n, begin, number, share):

@@ -41,13 +41,13 @@ class Config(harness.Config):
     batch: int = 16
     """Images per step."""
     width: int = 64
-    """Of the transformer that steps, so small that what goes on around it shows."""
+    """Features per patch of the transformer that is trained, so small that what goes on around it shows."""
     logs: int = 6
     """Logs of the loop in a round, each against as many bare steps."""
     model: str = "DiT-B/2"
     """The transformer whose state is saved: 130 million parameters, an optimiser and an average."""
     depth: int | None = None
-    """Its blocks, for a quick trial."""
+    """Blocks of --model in place of its own, for a quick trial."""
     saves: int = 3
     """Checkpoints of each kind."""
     examples: int = 20_000

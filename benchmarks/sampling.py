@@ -50,13 +50,13 @@ class Config(harness.Config):
     """Measures the samplers; prints one JSON line per number."""
 
     batches: tuple[int, ...] = (1, 1024, 10_000)
-    """Sizes of the batch."""
+    """Batch sizes, in points."""
     steps: int = 100
     """Steps of a sampler."""
     width: int = 64
-    """Of the MLP."""
+    """Features per layer of the MLP."""
     depth: int = 4
-    """Of the MLP."""
+    """Features per layer of the MLP."""
     guidance_batches: tuple[int, ...] = (256, 1024)
     """Numbers of points in the measurement of guidance."""
     image_batches: tuple[int, ...] = (64, 256)
@@ -64,7 +64,7 @@ class Config(harness.Config):
     image_steps: int = 10
     """Steps of a sampler of images."""
     solver_depth: int = 12
-    """Of the transformer DiT-S/4, in the measurement of what solvers add to it."""
+    """Blocks of the DiT-S/4 in the measurement of what solvers add to it."""
     solver_steps: int = 50
     """Steps of every solver there."""
     repeats: int = 11

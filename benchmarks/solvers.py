@@ -66,19 +66,19 @@ class Config:
     """Measures the error of every solver; prints one JSON line per number."""
 
     out: Path | None = None
-    """Where the rows are written, and the plot beside them."""
+    """File that the metrics are written to, with the plot beside it."""
     only: tuple[str, ...] = ()
-    """Flows to measure, by name; all of them where none is named."""
+    """Flows to measure, by name; all by default."""
     evaluations: tuple[int, ...] = (5, 10, 20, 40, 80)
     """Evaluations of the field."""
     points: int = 4000
-    """Of (a); the others have a quarter, since W2 is slow."""
+    """Noise points of the Gaussian flow; the others take a quarter, since W2 is slow."""
     fitting_points: int = 512
-    """Of the grids that are fitted, from other noise."""
+    """Noise points from which a grid is optimized."""
     iterations: int = 60
-    """Of the fit of a grid."""
+    """Iterations of `times.optimize_grid`."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
 
 def gaussian(config):

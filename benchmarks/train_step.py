@@ -64,7 +64,7 @@ class Config:
     """Measures a diffusion transformer; prints one JSON line per number."""
 
     out: Path | None = None
-    """Where the lines are written too, once all are there."""
+    """File that the metrics are also written to, at the end."""
     only: tuple[str, ...] = ("train",)
     """Parts to measure: train, sample."""
     model: str | None = None
@@ -76,17 +76,17 @@ class Config:
     steps: int | None = None
     """Steps per round; none is 10 for training, 50 for samples, and 2 on a CPU."""
     repeats: int = 5
-    """Rounds."""
+    """Rounds of the measurement."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the computation."""
+    """Precision of the computation."""
     attention: Literal["xla", "cudnn"] | None = None
     """Implementation of attention; none is cudnn for bfloat16 on an NVIDIA GPU, else xla."""
     variants: tuple[str, ...] = ("scan",)
-    """Of the train step: scan, remat, unrolled."""
+    """Variants of the train step to measure: scan, remat, unrolled."""
     baselines: bool = True
     """Whether to measure PyTorch where it is installed."""
     seed: int = 0
-    """Of the weights and the data."""
+    """Seed of the weights and the data."""
 
 
 def main(config: Config):

@@ -124,11 +124,11 @@ NOISY = {
 
 
 def plain(combine=guidance.extrapolate):
-    """Classifier-free guidance of the velocity, its two values put together in some way."""
+    """Classifier-free guidance of the velocity, its two values put together by `combine`."""
     return lambda field_y, y, scale: guidance.classifier_free(field_y, y, digits.CLASSES, scale, combine=combine)
 
 
-def projected(field_y, y, scale):
+def apg(field_y, y, scale):
     """APG, which is of predicted data."""
 
     def data(x, t, y):
@@ -139,7 +139,7 @@ def projected(field_y, y, scale):
 
 
 def in_an_interval(field_y, y, scale):
-    """Guidance in the middle of the way alone."""
+    """Guidance in the middle of the path alone."""
     return guidance.interval(plain()(field_y, y, scale), lambda x, t: field_y(x, t, y), 0.2, 0.8)
 
 
@@ -150,11 +150,11 @@ def two_digits(field_y, y, scale):
 
 GUIDANCE = {
     "extrapolate": plain(),
-    "zero_star": plain(guidance.cfg_zero_star),
-    "rescaled": plain(guidance.cfg_rescale()),
-    "projected": projected,
+    "cfg_zero_star": plain(guidance.cfg_zero_star),
+    "cfg_rescale": plain(guidance.cfg_rescale()),
+    "apg": apg,
     "interval": in_an_interval,
-    "weighted": two_digits,
+    "compose": two_digits,
 }
 """Each (field_y, y, scale) -> field."""
 

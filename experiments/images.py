@@ -117,7 +117,7 @@ class Config:
     on_device: bool = False
     """Whether all training images stay on the device, which draws each batch at random; otherwise the host reads them epoch by epoch."""
     threads: int = 0
-    """Threads that read batches ahead of need; 0 reads each when it is needed, best for data in memory."""
+    """Threads that prefetch batches; 0 reads each when it is needed, best for data in memory."""
 
     network: tyro.conf.AvoidSubcommands[Transformer | UNet] = Transformer()
     """Network that learns the velocity."""
@@ -145,7 +145,7 @@ class Config:
     ema_decay: float = 0.998
     """Decay, per training step, of the average of the parameters that is sampled."""
     sigma_rel: tuple[float, ...] = ()
-    """Relative widths of power-function averages to keep in place of that one (EDM2); the first is sampled."""
+    """Relative standard deviations of power-function averages (EDM2) to keep in place of that of --ema-decay; the first is sampled."""
     label_drop: float = 0.1
     """Share of the labels replaced by none in training, which guidance needs (the notes' eta)."""
     sharding: Literal["replicated", "fully_sharded", "pmap"] = "replicated"
@@ -310,12 +310,19 @@ def main(config: Config):
     data = open_data(config)
     if data.shape[-1] not in (1, 3) and (config.save_images or config.classifier is not None):
         raise SystemExit(f"The data have {data.shape[-1]} channels, so they are no images to save or to classify: use the preset latents.")
+    if config.train and len(data.train) < config.batch:
+        raise SystemExit(f"--batch is {config.batch}, but there are {len(data.train)} images to train on: give a smaller batch.")
     with run_folder.claim(config, free=FREE if config.decay else (*FREE, "steps"), trains=config.train):
         run(config, data)
 
 
 def check(config):
     """Stops, saying what to do, where flags do not go together."""
+    for name in ("batch", "steps", "samples", "sampling_steps", "log_every", "save_every", "size", "channels"):
+        if getattr(config, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1.")
+    if not 0 < config.held_out < 1:
+        raise SystemExit(f"--held-out is {config.held_out}: give a share of the images, between 0 and 1.")
     for name in ("save_every", "eval_every"):
         if (getattr(config, name) or 0) % config.log_every:
             flag = f"--{name.replace('_', '-')}"
@@ -343,7 +350,10 @@ def open_data(config):
     elif files := sorted(folder.glob("*.array_record")):
         source = latents.read(files)
     else:
-        source = images.folder(folder, size=config.size, channels=config.channels)
+        try:
+            source = images.folder(folder, size=config.size, channels=config.channels)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(f"--data is {config.data}: {error} Each class has a sub-folder of images.") from error
     names = source.classes or tuple(map(str, range(config.classes)))
     train, held_out = pipeline.split(source, max(1, round(config.held_out * len(source))))
     return Data(train, held_out, names, source[0][0].shape)

@@ -138,7 +138,8 @@ def commit():
 
 def _keep(config, free):
     file, settings = config.folder / "config.json", _plain(config)
-    if file.exists():
+    # A first try that failed before its first checkpoint leaves nothing that another configuration could spoil.
+    if file.exists() and any((config.folder / "checkpoints").glob("[0-9]*")):
         try:
             before = dict(json.loads(file.read_text()))
         except (TypeError, ValueError) as error:

@@ -208,7 +208,7 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate) -> Field:
 
 
 def compose(field_y, ys, null, scales) -> Field:
-    """Several conditions with a weight each, in one batched call of the network.
+    """Several conditions, one weight per condition, in one batched call of the network.
 
     u~ = u(x | null) + sum_i w_i (u(x | y_i) - u(x | null))        (3) (Liu et al. 2022, arXiv:2206.01714, eq. 11)
 
@@ -216,7 +216,7 @@ def compose(field_y, ys, null, scales) -> Field:
       field_y: (x, t, y) -> like x, the network.
       ys: conditions, each (B,) labels or (B, ...) of any kind.
       null: the condition that stands for none, a label or an array like one example's y.
-      scales: w_i, a number each, or an array that multiplies x; below 0 turns away from a condition.
+      scales: w_i, a number for each condition, or an array that multiplies x; below 0 turns away from a condition.
     Returns:
       A field, (x, t) -> like x.
     Raises:

@@ -1,6 +1,6 @@
 """Times: densities of t for training, grids of t for sampling.
 
-Training draws one t an example; a network errs differently at different t, so where the draws fall is a choice.
+Training draws one t per example; a network errs differently at different t, so where the draws fall is a choice.
 Sampling follows a field along a grid, an increasing array of times that starts at noise (0) and ends at data (1).
 """
 

@@ -213,7 +213,7 @@ def test_digits_go_on_bit_for_bit(tmp_path, monkeypatch):
 
 def test_the_gallery_draws_a_run(tmp_path, monkeypatch, capsys):
     images.main(config("digits", tmp_path))
-    few = {"FLOWS": ["unipc 2"], "NOISY": ["euler_maruyama", "churn"], "GUIDANCE": ["projected", "interval", "weighted"]}
+    few = {"FLOWS": ["unipc 2"], "NOISY": ["euler_maruyama", "churn"], "GUIDANCE": ["apg", "interval", "compose"]}
     for table, names in few.items():
         monkeypatch.setattr(gallery, table, {name: getattr(gallery, table)[name] for name in names})
     gallery.main(gallery.Config(run=tmp_path, folder=tmp_path / "gallery", columns=2, scales=(2.0,)))
@@ -292,6 +292,31 @@ def test_a_folder_of_colour_images(tmp_path, sharding):
     assert 0 <= report["label accuracy at guidance 2"] <= 1
     data = images.open_data(dataclasses.replace(small, data=str(tmp_path / "run" / "samples")))
     assert (data.names, data.shape, len(data.train) + len(data.held_out)) == (("ant", "bee"), (64, 64, 3), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch": 0}, "--batch is 0: give at least 1"),
+        ({"batch": 1000}, "--batch is 1000, but there are 18 images to train on"),
+        ({"held_out": 1.5}, "--held-out is 1.5: give a share"),
+        ({"data": "empty"}, "--data is empty: .* Each class has a sub-folder of images"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_of_a_folder_are_named(tmp_path, monkeypatch, changes, said):
+    """And the folder of the run is free for another try."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    small = config(
+        "folder", tmp_path / "run", **{"data": str(images_in(tmp_path / "photos", 16)), "threads": 0, "held_out": 0.25, **changes}
+    )
+    with pytest.raises(SystemExit, match=said):
+        images.main(small)
+    with run_folder.claim(dataclasses.replace(small, batch=4)):
+        pass
+    with run_folder.claim(dataclasses.replace(small, batch=5)):
+        pass
 
 
 def test_latents_go_on_where_they_ended(tmp_path):

@@ -157,14 +157,14 @@ def test_killed_twelve_times(tmp_path, cache, undisturbed):
 def by_five(tmp_path_factory, cache):
     """What nothing disturbs, logged at steps 5, 10, 15, 20 and 24."""
     folder = tmp_path_factory.mktemp("by_five")
-    run(folder, cache=cache, every=5)
+    run(folder, cache=cache, log_every=5)
     return folder
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGTERM] * 3, [signal.SIGINT], [signal.SIGINT] * 3], ids=str)
 def test_told_to_end_between_two_logs(tmp_path, cache, by_five, signals):
     """And told again while it saves, which it does to the end."""
-    worker = Worker(tmp_path, cache=cache, every=5, save_every=10, wait=0.1, write=0.5)
+    worker = Worker(tmp_path, cache=cache, log_every=5, save_every=10, wait=0.1, write=0.5)
     assert worker.until("row 5")
     time.sleep(0.25)
     for again, number in enumerate(signals):
@@ -179,7 +179,7 @@ def test_told_to_end_between_two_logs(tmp_path, cache, by_five, signals):
     assert ("the process ends when it is there" in printed) == (len(signals) > 1)
     assert "done" not in printed
     assert int(newest(tmp_path).name) % 5
-    assert f"from {newest(tmp_path).name}" in run(tmp_path, cache=cache, every=5)
+    assert f"from {newest(tmp_path).name}" in run(tmp_path, cache=cache, log_every=5)
     assert_same(tmp_path, by_five)
 
 
@@ -262,8 +262,8 @@ def fill(file):
 
 def test_a_full_disk_of_the_log(tmp_path, disk, cache):
     """The run is saved where there is room, and the log is whole when it goes on."""
-    run(tmp_path / "undisturbed", cache=cache, every=1, save_every=10, steps=48)
-    worker = Worker(tmp_path / "run", logs=str(disk), cache=cache, every=1, save_every=10, steps=48, pause=0.05)
+    run(tmp_path / "undisturbed", cache=cache, log_every=1, save_every=10, steps=48)
+    worker = Worker(tmp_path / "run", logs=str(disk), cache=cache, log_every=1, save_every=10, steps=48, pause=0.05)
     assert worker.until("row 4")
     fill(disk / "more")
     status, printed = worker.end()
@@ -272,7 +272,7 @@ def test_a_full_disk_of_the_log(tmp_path, disk, cache):
     stopped = newest(tmp_path / "run").name
     assert 4 < int(stopped) < 48
     (disk / "more").unlink()
-    assert f"from {stopped}" in run(tmp_path / "run", logs=str(disk), cache=cache, every=1, save_every=10, steps=48)
+    assert f"from {stopped}" in run(tmp_path / "run", logs=str(disk), cache=cache, log_every=1, save_every=10, steps=48)
     for name in ("rows.jsonl", "tensorboard"):
         shutil.move(disk / name, tmp_path / "run" / name)
     assert_same(tmp_path / "run", tmp_path / "undisturbed")
@@ -305,20 +305,20 @@ def start_two(folder, **config):
 def eight(tmp_path_factory, cache):
     """What eight devices of one process make of it by `pmap`."""
     folder = tmp_path_factory.mktemp("eight")
-    run(folder, devices=8, way="pmap", cache=cache)
+    run(folder, devices=8, sharding="pmap", cache=cache)
     return folder
 
 
-@pytest.mark.parametrize("way", ["replicated", "fully_sharded", "pmap"])
-def test_two_processes_train_as_one(tmp_path, undisturbed, eight, way):
-    for worker in start_two(tmp_path, way=way):
+@pytest.mark.parametrize("sharding", ["replicated", "fully_sharded", "pmap"])
+def test_two_processes_train_as_one(tmp_path, undisturbed, eight, sharding):
+    for worker in start_two(tmp_path, sharding=sharding):
         status, printed = worker.end()
         assert status == 0, printed
-    assert_close(tmp_path, eight if way == "pmap" else undisturbed)
-    if way == "replicated":
+    assert_close(tmp_path, eight if sharding == "pmap" else undisturbed)
+    if sharding == "replicated":
         # Both learn of a file that one of them reads.
         truncate(newest(tmp_path))
-        for worker in start_two(tmp_path, way=way, steps=26):
+        for worker in start_two(tmp_path, sharding=sharding, steps=26):
             status, printed = worker.end()
             assert status == 0, printed
             assert "from 22" in printed
@@ -327,8 +327,8 @@ def test_two_processes_train_as_one(tmp_path, undisturbed, eight, way):
 
 def test_a_checkpoint_goes_on_elsewhere(tmp_path, cache, undisturbed):
     """Eight devices that share the state, then two that each have it, then one."""
-    run(tmp_path, devices=8, way="fully_sharded", steps=8, cache=cache)
-    assert "from 8" in run(tmp_path, devices=2, way="replicated", steps=16, cache=cache)
+    run(tmp_path, devices=8, sharding="fully_sharded", steps=8, cache=cache)
+    assert "from 8" in run(tmp_path, devices=2, sharding="replicated", steps=16, cache=cache)
     assert "from 16" in run(tmp_path, cache=cache)
     assert_close(tmp_path, undisturbed)
 

@@ -182,7 +182,7 @@ def test_gradients_cross_the_network_once(capsys):
 
 
 @pytest.mark.parametrize("divided", [True, False])
-def test_by_examples_moves_weights_and_gradients_rather_than_activations(divided):
+def test_constrain_activations_moves_weights_and_gradients_rather_than_activations(divided):
     """Where a batch has fewer numbers than the weights, the compiler left alone moves the batch."""
     size, tokens = 24, 4
     compiled, _ = compiled_step(8, sharded_small, WIDE, size, divided)

@@ -92,7 +92,7 @@ def test_karras_levels(path, x64):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
-def test_log_ratio_steps_are_equal(path, x64):
+def test_log_snr_steps_are_equal(path, x64):
     grid = times.log_snr_grid(path, 12, 0.05, 0.98)
     np.testing.assert_array_equal(grid[jnp.array([0, -1])], [0.05, 0.98])
     steps = jnp.diff(jnp.log(path.alpha(grid) / path.beta(grid)))

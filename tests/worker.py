@@ -28,7 +28,7 @@ from fmjax.data import images, pipeline
 from fmjax.models import mlp
 
 DEFAULTS = {
-    **{"steps": 24, "every": 2, "save_every": 2, "keep": 3, "way": "replicated", "devices": 1},
+    **{"steps": 24, "log_every": 2, "save_every": 2, "keep": 3, "sharding": "replicated", "devices": 1},
     **{"processes": 1, "index": 0, "port": 0, "timeout": 100, "connect": 300},
     # Seconds that a log, a batch and the end of a write take.
     **{"pause": 0.0, "wait": 0.0, "write": 0.0},
@@ -43,7 +43,7 @@ def main(given):
         jax.config.update("jax_compilation_cache_dir", config["cache"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-    # Small arrays go the way of large ones: every device that has one writes its slice.
+    # Small arrays are written as large ones are: every device that has one writes its slice.
     store.SMALLEST_SLICE = 1
     if config["processes"] > 1:
         at = f"localhost:{config['port']}"
@@ -61,11 +61,13 @@ def main(given):
     def make():
         return training.init(model.init(jax.random.key(0), points[:1], 0.5), optimizer)
 
-    pmapped = config["way"] == "pmap"
-    rule = {"fully_sharded": lambda tree, mesh: parallel.fully_sharded(tree, mesh, min_size=16)}.get(config["way"], parallel.replicated)
+    pmapped = config["sharding"] == "pmap"
+    layout = {"fully_sharded": lambda tree, mesh: parallel.fully_sharded(tree, mesh, min_size=16)}.get(
+        config["sharding"], parallel.replicated
+    )
     step = training.make_step(loss_fn, optimizer, axis_name=parallel.AXIS if pmapped else None, ema_decay=0.9)
     step = parallel.pmap(step, mesh) if pmapped else step
-    state = parallel.create(make, mesh, rule)
+    state = parallel.create(make, mesh, layout)
     stream = pipeline.batches(images.arrays(points, np.zeros(len(points), np.int32)), 16, seed=3, threads=0)
     stream = pipeline.to_device(stream, sharding=parallel.batch_sharding(mesh, 16))
     key = jax.random.key(5)
@@ -105,7 +107,7 @@ def main(given):
             run,
             Slow(),
             steps=config["steps"],
-            log_every=config["every"],
+            log_every=config["log_every"],
             callbacks=[*logs, logged],
             save=checkpointer.save,
             save_every=config["save_every"],

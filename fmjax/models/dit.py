@@ -149,15 +149,15 @@ class DiT(nn.Module):
     learn_sigma: bool = False
     """Whether the output has a second half, for a variance, as published weights of discrete-time diffusion have."""
     time_embedding: nn.Module = layers.Sinusoids()
-    """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`."""
+    """Embedding of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`."""
     norm: Callable = layers.LayerNorm
     """Makes the normalisations that are modulated: `layers.LayerNorm` or `layers.RMSNorm`."""
     qk_norm: Callable | None = None
-    """Makes the normalisations of queries and keys, a head each: `layers.RMSNorm`."""
+    """Makes the normalisations of queries and keys, one per head: `layers.RMSNorm`."""
     mlp_layer: Callable = GELU
     """Makes the MLPs: `GELU` or `SwiGLU`."""
     rotary: bool = False
-    """Whether attention sees places by turning queries and keys, beside the positions that are added."""
+    """Whether attention uses rotary position embeddings, besides the positions that are added."""
     bottleneck: int | None = None
     """Features between a patch and its embedding, for large patches of pixels."""
     register_tokens: int = 0
@@ -167,7 +167,7 @@ class DiT(nn.Module):
     context_start: int = 0
     """The block before which those tokens join."""
     dtype: jnp.dtype = jnp.float32
-    """Of the computation; parameters are float32."""
+    """Precision of the computation; parameters are float32."""
     attention: Literal["xla", "cudnn"] = "xla"
     """`xla`, or `cudnn` for half precision on a GPU."""
     remat: bool = False

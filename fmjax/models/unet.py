@@ -210,7 +210,7 @@ class UNet(nn.Module):
         multiple = 2 ** (len(channels) - 1)
         if x.shape[1] % multiple or x.shape[2] % multiple:
             raise ValueError(
-                f"The image of {x.shape[1]} x {x.shape[2]} pixels cannot be halved {len(channels) - 1} times, once a level after the "
+                f"The image of {x.shape[1]} x {x.shape[2]} pixels cannot be halved {len(channels) - 1} times, once per level after the "
                 f"first: its sides must be multiples of {multiple}."
             )
         for width in channels:

@@ -117,9 +117,9 @@ class Config:
     """Parts to measure: noise, flow, learnt."""
 
 
-def drawn(path, step, natural, n, begin, number, share):
+def drawn(path, step, sbdm, n, begin, number, share):
     """The mean and the standard deviation of what a sampler with noise draws of a Gaussian, exactly."""
-    sigma = sampling.sigma_sbdm(path) if natural else lambda t: number + share * path.beta(t)
+    sigma = sampling.sigma_sbdm(path) if sbdm else lambda t: number + share * path.beta(t)
     velocity = marginals.velocity(path, marginals.GaussianMixture(jnp.ones(1), jnp.full((1, 1), MEAN), jnp.full(1, SCALE)))
     draws = 2 * n
     mean, variance = path.alpha(begin) * MEAN, (path.alpha(begin) * SCALE) ** 2 + path.beta(begin) ** 2

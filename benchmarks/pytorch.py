@@ -59,7 +59,7 @@ class Attention(nn.Module):
         return self.Dense_1(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Perceptron(nn.Module):
+class MLP(nn.Module):
     def __init__(self, width, wide):
         super().__init__()
         self.Dense_0, self.Dense_1 = nn.Linear(width, wide), nn.Linear(wide, width)
@@ -82,7 +82,7 @@ class Block(nn.Module):
         width = model.hidden_size
         self.norm_1, self.norm_2 = norm(width), norm(width)
         self.attention = Attention(width, model.num_heads)
-        self.mlp = Perceptron(width, int(width * model.mlp_ratio))
+        self.mlp = MLP(width, int(width * model.mlp_ratio))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, h, c):

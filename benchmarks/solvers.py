@@ -7,7 +7,7 @@ Three flows on the linear path: (a) of one Gaussian in one dimension, whose map 
 dimensions, from the exact velocity and against a fine solution. An error is the mean of |x - x*| over points and coordinates from the same
 noise, "W2" the Wasserstein distance to as many draws of the data. A solver has at most the evaluations that a row names.
 
-Rows "uniform" follow equal steps, rows "quadratic" those of `times.quadratic`, which shrink towards data; rows "fitted" follow the
+Rows "uniform" follow equal steps, rows "quadratic" those of `times.quadratic`, which shrink towards data; rows "optimized" follow the
 grid that `times.optimize_grid` found for that solver and number of evaluations from other noise; the map of (a) is two numbers, which a
 grid can be made to meet, so (b) and (c) say more of them. diffusers' schedulers run on the uniform grid, as they come, in float32
 with the same velocity.
@@ -58,7 +58,7 @@ NAMESAKES = {
     "UniPCMultistepScheduler 3": "unipc 3",
 }
 """Schedulers of diffusers, and the solver of the same name here."""
-GRIDS = ("uniform", "quadratic", "fitted")
+GRIDS = ("uniform", "quadratic", "optimized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def steps_of(name, evaluations):
 
 
 def flow(config, name, field, x_0, exact, draws, to_fit):
-    """Rows of one flow: every solver on the uniform grid and the quadratic one, some on grids fitted to them from noise of its own."""
+    """Rows of one flow: every solver on the uniform grid and the quadratic one, some on grids optimized for them from noise of its own."""
     x_1 = exact(x_0)
     other = jax.random.normal(jax.random.key(config.seed + 7), (config.fitting_points, *x_0.shape[1:]), x_0.dtype)
     there = exact(other)
@@ -142,7 +142,7 @@ def flow(config, name, field, x_0, exact, draws, to_fit):
                 def error(grid, sample=sample):
                     return ((sample(other, grid) - there) ** 2).mean()
 
-                grids["fitted"] = times.optimize_grid(error, times.uniform_grid(steps), iterations=config.iterations)
+                grids["optimized"] = times.optimize_grid(error, times.uniform_grid(steps), iterations=config.iterations)
             for grid, ts in grids.items():
                 yield from errors(name, solver, grid, evaluations, sample(x_0, ts), x_1, draws)
 
@@ -203,6 +203,7 @@ def curves(rows):
 def draw(file, curves, x_label):
     """A grid of panels with errors over numbers of steps: a curve is its panel's row and column, its label, and both coordinates."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     rows, columns, labels = (list(dict.fromkeys(curve[i] for curve in curves)) for i in range(3))
     figure = Figure(figsize=(1.9 * len(columns) + 3, 1.8 * len(rows) + 1.2), layout="constrained")
@@ -214,6 +215,8 @@ def draw(file, curves, x_label):
     for i, j in np.ndindex(panels.shape):
         axes: Any = panels[i, j]
         axes.grid(alpha=0.3)
+        # Those between the powers of ten would overlap.
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(title=columns[j] * (i == 0), xlabel=x_label * (i == len(rows) - 1), ylabel=rows[i] * (j == 0))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=90)

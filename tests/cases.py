@@ -63,9 +63,9 @@ SIGMAS = {
     "0.5": lambda path: 0.5,
     "1": lambda path: 1.0,
     "2": lambda path: 2.0,
-    "by_noise": lambda path: sampling.sigma_beta(path, 2.0),
-    "natural": sampling.sigma_sbdm,
-    "bump": lambda path: sampling.sigma_increasing_decreasing(4.0),
+    "beta": lambda path: sampling.sigma_beta(path, 2.0),
+    "sbdm": sampling.sigma_sbdm,
+    "increasing_decreasing": lambda path: sampling.sigma_increasing_decreasing(4.0),
 }
 
 

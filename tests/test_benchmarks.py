@@ -222,7 +222,7 @@ def test_a_program_that_does_not_fit(message):
 
 
 def test_solvers_err_less_with_more_evaluations(tmp_path, monkeypatch, x64):
-    """Rows of the Gaussian flow on the uniform grid, one fitted grid, and the plot."""
+    """Rows of the Gaussian flow on the uniform grid, one optimized grid, and the plot."""
     monkeypatch.setattr(solvers, "SOLVERS", {name: solvers.SOLVERS[name] for name in ("euler", "heun", "adams_bashforth 4", "unipc 3")})
     monkeypatch.setattr(solvers, "NAMESAKES", {})
     monkeypatch.setattr(harness, "ready", lambda *_: False)

@@ -360,13 +360,13 @@ def test_what_is_not_ours_stays(tmp_path, state):
         (tmp_path / "run" / "thesis.tex").write_text("mine")
         (tmp_path / "run" / "data-of-mine").mkdir(exist_ok=True)
     assert int(checkpoints.restore(tmp_path / "run", make()).step) == 2
-    (tmp_path / "series" / "notes").mkdir(parents=True)
-    (tmp_path / "series" / "7").mkdir()
-    (tmp_path / "series" / "7" / "thesis.tex").write_text("mine")
-    with checkpoints.Checkpointer(tmp_path / "series", keep=1) as checkpointer:
+    (tmp_path / "run" / "notes").mkdir(parents=True)
+    (tmp_path / "run" / "7").mkdir()
+    (tmp_path / "run" / "7" / "thesis.tex").write_text("mine")
+    with checkpoints.Checkpointer(tmp_path / "run", keep=1) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(a_run(state, step), wait=True)
-            (tmp_path / "series" / str(step) / "thesis.tex").write_text("mine")
+            (tmp_path / "run" / str(step) / "thesis.tex").write_text("mine")
         with pytest.raises(OSError, match=r"7 has thesis\.tex in it and is no checkpoint"):
             checkpointer.save(a_run(state, 7), wait=True)
     assert len(list(tmp_path.rglob("thesis.tex"))) == 4 + 1 + 1 + 3

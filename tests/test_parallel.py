@@ -16,7 +16,7 @@ from fmjax import losses, parallel, paths, sampling, times, training
 from fmjax.models import dit, mlp
 
 MODEL = mlp.MLP(hidden_size=64, depth=2, num_classes=4)
-WIDE = dit.DiT(patch_size=4, hidden_size=128, depth=1, num_heads=2, num_classes=4)
+LARGE = dit.DiT(patch_size=4, hidden_size=128, depth=1, num_heads=2, num_classes=4)
 OPTIMIZER = optax.adam(1e-3)
 KEY = jax.random.key(3)
 SIZE = 16
@@ -172,7 +172,7 @@ def collective_bytes(compiled, kind):
 
 
 def test_gradients_cross_the_network_once(capsys):
-    compiled, state = compiled_step(8, parallel.replicated, WIDE)
+    compiled, state = compiled_step(8, parallel.replicated, LARGE)
     parameters = sum(leaf.nbytes if hasattr(leaf, "nbytes") else leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     reduced = collective_bytes(compiled, "all-reduce")
     print(f"all-reduce {reduced} bytes, parameters {parameters} bytes")
@@ -185,7 +185,7 @@ def test_gradients_cross_the_network_once(capsys):
 def test_constrain_activations_moves_weights_and_gradients_rather_than_activations(divided):
     """Where a batch has fewer numbers than the weights, the compiler left alone moves the batch."""
     size, tokens = 24, 4
-    compiled, _ = compiled_step(8, sharded_small, WIDE, size, divided)
+    compiled, _ = compiled_step(8, sharded_small, LARGE, size, divided)
     kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
     moved = [shape for kind in kinds for _, shape in collective_shapes(compiled, kind)]
     # One number per example, such as its time, may move.
@@ -317,8 +317,8 @@ def test_too_little_memory_is_said_before_anything_is_made(monkeypatch):
 def test_modules_are_held_divided_by_examples():
     """What every module takes and gives is constrained to lie by examples, which alone the step does not ask for."""
     mesh = parallel.mesh()
-    state = jax.eval_shape(make(WIDE))
-    step = training.make_step(functools.partial(loss_fn, WIDE), OPTIMIZER)
+    state = jax.eval_shape(make(LARGE))
+    step = training.make_step(functools.partial(loss_fn, LARGE), OPTIMIZER)
     lowered = [jax.jit(each).lower(state, KEY, batch(0)).as_text() for each in (step, parallel.constrain_activations(step, mesh))]
     plain, held = (len(re.findall(r"sdy\.sharding_constraint", text)) for text in lowered)
     # One is the random numbers' own.

@@ -175,7 +175,7 @@ def test_ancestral_is_the_posterior_of_ddpm(key, x64):
 
 
 def test_ancestral_starts_at_noise_and_ends_at_data(key):
-    """At alpha = 0 the natural sigma is infinite, at beta = 0 the score is; the step needs neither."""
+    """At alpha = 0 the sbdm sigma is infinite, at beta = 0 the score is; the step needs neither."""
     path = paths.Linear()
     field = marginals.velocity(path, mixture())
     for sigma in (sampling.sigma_sbdm(path), 1.0, 0.0):
@@ -198,10 +198,10 @@ def test_marginals(solver, fast_key):
     @jax.jit
     def sample(key, x_0):
         ends = {}
-        for sigma in ("2", "by_noise", "natural"):
+        for sigma in ("2", "beta", "sbdm"):
             coefficient = SIGMAS[sigma](path)
-            # Drifts are infinite at data, and the natural sigma at noise.
-            start = 1e-3 if sigma == "natural" else 0.0
+            # Drifts are infinite at data, and the sbdm sigma at noise.
+            start = 1e-3 if sigma == "sbdm" else 0.0
             grid = start + (1 - start) * jnp.sin(jnp.linspace(0, jnp.pi / 2, steps + 1))
             ends[sigma] = sampling.sample_diffusion(path, velocity, coefficient, key, x_0, grid, step=step, last=last)[0]
         return ends

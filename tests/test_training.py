@@ -231,7 +231,7 @@ def test_fit_is_the_step_in_a_loop():
     traced = chex.assert_max_traces(noisy_loss, n=1)
     given = params()
     state = training.init(given, MOMENTUM)
-    fitted, history = fit(training.make_step(traced, MOMENTUM), state, batches(), steps=12, log_every=5)
+    trained_state, history = fit(training.make_step(traced, MOMENTUM), state, batches(), steps=12, log_every=5)
     # The state given, and the parameters in it, are still there.
     assert_equal(state, training.init(params(), MOMENTUM))
     assert_equal(given, params())
@@ -239,8 +239,8 @@ def test_fit_is_the_step_in_a_loop():
     for n in range(12):
         state, metrics = take(state, jax.random.fold_in(KEY, n), batch(n))
         losses.append(float(metrics["loss"]))
-    chex.assert_trees_all_close(fitted, state, rtol=1e-5, atol=1e-6)
-    assert int(fitted.step) == 12
+    chex.assert_trees_all_close(trained_state, state, rtol=1e-5, atol=1e-6)
+    assert int(trained_state.step) == 12
     assert [row["step"] for row in history] == [5, 10, 12]
     np.testing.assert_allclose(
         [row["loss"] for row in history], [np.mean(losses[:5]), np.mean(losses[5:10]), np.mean(losses[10:])], rtol=1e-4

@@ -8,14 +8,14 @@ class Batches:
     """Batches of an iterable, or of a function of the step, and where they are."""
 
     def __init__(self, batches: Any, position, step):
-        self._place = step if callable(batches) and not hasattr(batches, "__iter__") else None
+        self._position = step if callable(batches) and not hasattr(batches, "__iter__") else None
         self._start = step
         self._batches: Any = batches
-        if self._place is None:
+        if self._position is None:
             self._batches = iter(batches)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if position is None:
             return
-        if self._place is not None:
+        if self._position is not None:
             if position != step:
                 raise TypeError(
                     f"The run's place in its batches is {position!r}, but the batches are a function of the step: give those it had."
@@ -35,8 +35,8 @@ class Batches:
                 ) from error
 
     def draw(self, n, steps):
-        if self._place is not None:
-            self._place = n + 1
+        if self._position is not None:
+            self._position = n + 1
             return self._batches(n)
         try:
             return next(self._batches)
@@ -45,8 +45,8 @@ class Batches:
                 f"The batches ended after {n - self._start} of {steps - self._start} steps: give an iterable that repeats."
             ) from None
 
-    def place(self):
+    def position(self):
         """Where the next batch is."""
-        if self._place is not None or not hasattr(self._batches, "get_state"):
-            return self._place
+        if self._position is not None or not hasattr(self._batches, "get_state"):
+            return self._position
         return copy.deepcopy(self._batches.get_state())

@@ -62,7 +62,7 @@ def fit(
     course = _Course(step, run, batches, donate, saves=save is not None)
     start, steps, now = course.start, max(course.start, steps), None
     if save is not None:
-        check_position(course.batches.place())
+        check_position(course.batches.position())
     with Signals() as signals:
         try:
             with _progress(progress, run, start, steps) as show, _Trace(trace, start + log_every, start + 2 * log_every) as tracing:
@@ -85,9 +85,9 @@ def fit(
                         break
                     tracing.begin(n)
                     with signals.waiting():
-                        batch, place = course.batches.draw(n, steps), course.batches.place()
+                        batch, position = course.batches.draw(n, steps), course.batches.position()
                     now = None
-                    course.take(batch, place)
+                    course.take(batch, position)
         except BaseException as error:
             # Without a step there is nothing new, and what was saved before stays.
             if save is not None and course.taken() > start:
@@ -158,15 +158,15 @@ class _Course:
         self.batches = Batches(batches, run.position, self.start)
         self.state, self._alive, self._take = _compiled(step, run, donate)
         self._before = jax.device_get(_not_finite(self.state))
-        # The metrics since the last log, those still on the device, and the places before each of these steps and after the last.
-        self._unlogged, self._pending, self._places = list(run.unlogged), [], [self.batches.place()]
+        # The metrics since the last log, those still on the device, and the positions before each of these steps and after the last.
+        self._unlogged, self._pending, self._positions = list(run.unlogged), [], [self.batches.position()]
         self._key, self._history, self._saves = run.key, run.history, saves
 
-    def take(self, batch, place):
+    def take(self, batch, position):
         """A step; nothing waits for it."""
         self.state, self._alive, *outcome = self._take(self.state, self._alive, self._key, batch)
         self._pending.append(outcome)
-        self._places.append(place)
+        self._positions.append(position)
 
     def taken(self):
         """The steps that the state has, -1 where the step that failed took its memory with it."""
@@ -191,8 +191,8 @@ class _Course:
             self._unlogged.append({name: float(value) for name, value in metrics.items()})
             good += 1
         # What was fetched is not fetched again.
-        del self._pending[:], self._places[:good]
-        return Run(self.state, self._key, self._places[0], self._history, tuple(self._unlogged)), wrong
+        del self._pending[:], self._positions[:good]
+        return Run(self.state, self._key, self._positions[0], self._history, tuple(self._unlogged)), wrong
 
     def good(self):
         """The run, all of whose steps were good."""

@@ -57,11 +57,6 @@ def optimized():
 
 
 @pytest.fixture
-def unoptimized():
-    """As everywhere else."""
-
-
-@pytest.fixture
 def key():
     return jax.random.key(0)
 

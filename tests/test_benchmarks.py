@@ -27,7 +27,6 @@ TINY = sampling.Config(
     compiles=1,
     baselines=False,
 )
-pytestmark = pytest.mark.usefixtures("unoptimized")
 FLAGS = [
     "--batches=4",
     "--steps=3",

@@ -19,7 +19,6 @@ from fmjax import files, paths, training
 from fmjax.data import latents
 from fmjax.models import unet
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 SMALL = {"hidden_size": 16, "depth": 2, "steps": 10, "batch": 64, "evaluations": 10, "samples": 200}
 
 

@@ -29,7 +29,6 @@ def check(row):
         assert fine < max(2.64 / more**2 * coarse, 2e-4), name
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("path", ["variance preserving", "flat ends"])
 def test_noisy_steps_converge(path):
     """The law of the samples is exact (see the benchmark) and comes to the data's."""
@@ -45,6 +44,7 @@ def test_what_was_measured_converges():
         check(row)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("path", "fine", "most", "steps"),
     [
@@ -59,7 +59,6 @@ def test_flows_fall_to_rounding(path, fine, most, steps, monkeypatch):
         assert max(row["errors"]) < most, row
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_learnt_velocities_are_sampled(monkeypatch):
     monkeypatch.setattr(orders, "NOISY", {"ancestral": sampling.ancestral})
     rows = list(orders.learnt(orders.Config(train=2, samples=20, paths=("linear",))))

@@ -65,7 +65,7 @@ def apg(eta=0.0, norm_threshold=None) -> Callable:
 
     Args:
       eta: the factor of the component of d that is parallel to D(x | y); 1 leaves d as it is.
-      norm_threshold: the paper's r, the norm_threshold norm of d; None for no limit.
+      norm_threshold: the paper's r, the largest norm of d; None for no limit.
     Returns:
       A function `(guided, unguided, scale) -> value`, the `combine` of `classifier_free`.
     """

@@ -176,6 +176,8 @@ class LayerNorm(nn.LayerNorm):
     epsilon: float = 1e-6
     use_bias: bool = False
     use_scale: bool = False
+    # The fast one is a difference of squares, which loses all digits where the mean is large.
+    use_fast_variance: bool = False
 
 
 class RMSNorm(nn.Module):

@@ -168,7 +168,7 @@ def edm_heun(path) -> PathStep:
     """EDM's step: Heun's in x / alpha and the noise level beta / alpha    (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
 
     Euler's, which is DDIM, where the noise level ends at 0, as in the paper, and where it starts at infinity: on equal steps from
-    alpha = 0 it is of order 1, for the first noise levels are far apart. It is made for `times.karras`; `heun` here for equal steps.
+    alpha = 0 it is of order 1, for the first noise levels are far apart. It is made for `times.karras`; `path_heun` for equal steps.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`; EDM starts where beta / alpha is 80.

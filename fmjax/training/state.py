@@ -216,16 +216,20 @@ def _accumulated(value_and_grad, count):
     if count == 1:
         return value_and_grad
 
-    def of_part(params, key, batch, index):
-        return _float32(value_and_grad(params, jax.random.fold_in(key, index[0]), batch))
+    def parts(leaf):
+        if len(leaf) % count:
+            raise ValueError(f"The batch of {len(leaf)} does not divide into the {count} parts of accumulate.")
+        # Every count-th example, so that a part of a batch that is spread over devices is spread over them too.
+        return leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1)
 
     def run(params, key, batch):
-        for leaf in jax.tree.leaves(batch):
-            if len(leaf) % count:
-                raise ValueError(f"The batch of {len(leaf)} does not divide into the {count} parts of accumulate.")
-        size = len(jax.tree.leaves(batch)[0])
-        # Part i has every count-th example, so that a part of a batch that is spread over devices is spread over them too.
-        mean = optax.microbatching.AccumulationType.MEAN
-        return optax.microbatch(of_part, (2, 3), size // count, mean)(params, key, batch, jnp.arange(size) % count)
+        def body(total, part):
+            i, batch = part
+            return jax.tree.map(jnp.add, total, value_and_grad(params, jax.random.fold_in(key, i), batch)), None
+
+        batch = jax.tree.map(parts, batch)
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), float), _float32(params)))
+        total, _ = lax.scan(body, zeros, (jnp.arange(count), batch))
+        return jax.tree.map(lambda x: x / count, total)
 
     return run

@@ -159,9 +159,9 @@ def measure(program):
     state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
     return said | {
         "fits": True,
-        "peak memory of a chip, GB": harness.short(peak / 1e9, 3),
-        "state of a chip, GB": harness.short(float(state) / 1e9, 3),
-        "collectives of a step, GB": {kind: harness.short(size / 1e9, 3) for kind, size in collectives(compiled.as_text()).items()},
+        "peak memory per chip, GB": harness.short(peak / 1e9, 3),
+        "state per chip, GB": harness.short(float(state) / 1e9, 3),
+        "collectives per step, GB": {kind: harness.short(size / 1e9, 3) for kind, size in collectives(compiled.as_text()).items()},
         "seconds to compile": harness.short(seconds, 3),
     }
 
@@ -175,7 +175,7 @@ def too_large(error):
 
 
 def too_much(needs, has):
-    return {"fits": False, "needs on a chip, GB": harness.short(needs / 1e9, 3), "of, GB": harness.short(has / 1e9, 3)}
+    return {"fits": False, "needs per chip, GB": harness.short(needs / 1e9, 3), "of, GB": harness.short(has / 1e9, 3)}
 
 
 def lowered_from(model, mesh, rule, batch):

@@ -215,7 +215,7 @@ def test_collectives_of_a_loop_count_as_often_as_it_goes_round():
     ],
 )
 def test_a_program_that_does_not_fit(message):
-    assert aot.too_large(RuntimeError(message)) == {"fits": False, "needs on a chip, GB": 21.5, "of, GB": 16.9}
+    assert aot.too_large(RuntimeError(message)) == {"fits": False, "needs per chip, GB": 21.5, "of, GB": 16.9}
     with pytest.raises(RuntimeError, match="no such thing"):
         aot.too_large(RuntimeError("no such thing as 3.00G"))
 

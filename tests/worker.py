@@ -8,6 +8,7 @@ share the import of JAX, a third of a training's time. JAX makes its threads whe
 """
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -20,12 +21,14 @@ os.environ["PJRT_NPROC"] = "16"
 import jax
 import numpy as np
 import optax
-import tensorboardX  # noqa: F401, which `training.tensorboard` imports
 
 from fmjax import checkpoints, files, losses, parallel, paths, training
 from fmjax.checkpoints import store
 from fmjax.data import images, pipeline
 from fmjax.models import mlp
+
+# `training.tensorboard` imports it, here before any training is forked.
+importlib.import_module("tensorboardX")
 
 DEFAULTS = {
     **{"steps": 24, "log_every": 2, "save_every": 2, "keep": 3, "sharding": "replicated", "devices": 1},

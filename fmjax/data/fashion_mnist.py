@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 real pictures of clothes, 28 x 28 pixels, in ten classes (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747)."""
+"""Fashion-MNIST: 70,000 real images of clothing, 28 x 28 pixels, in ten classes (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747)."""
 
 import gzip
 import hashlib

@@ -15,7 +15,7 @@ PREEMPTED = 75
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training at a step: all that it goes on from."""
+    """A training and its progress: all that it goes on from."""
 
     state: TrainState
     """The state, of which `step` is the number of steps taken."""

@@ -598,6 +598,14 @@ def test_second_derivatives_of_group_norm(x64):
     np.testing.assert_allclose(ours, expected, atol=1e-4 * jnp.abs(expected).max())
 
 
+def test_layer_norm_keeps_its_digits():
+    """A large mean is taken away before anything is squared."""
+    h = np.random.default_rng(0).normal(size=(4, 384)).astype(np.float32)
+    for mean, tolerance in ((0.0, 1e-5), (300.0, 1e-4), (1e4, 3e-3)):
+        expected = (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
+        np.testing.assert_allclose(layers.LayerNorm().apply({}, h + np.float32(mean)), expected, atol=tolerance)
+
+
 def test_norms():
     h = jnp.array([[3.0, -4.0, 0.0, 1.0]])
     out = layers.LayerNorm().apply({}, h)

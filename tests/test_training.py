@@ -318,6 +318,31 @@ def test_parts_of_a_batch_in_double_precision(x64):
     chex.assert_trees_all_close(*ends, rtol=1e-12)
 
 
+ONES = np.ones((12, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("weights", "batch", "loss"),
+    [
+        (jnp.ones(3), None, lambda w, key, _: (jax.random.normal(key, (3,)) @ w) ** 2),
+        ((1 + 1j) * jnp.ones(3), ONES, lambda w, key, x: (jnp.abs(x @ w) ** 2).mean()),
+        (jnp.ones(3), {"x": ONES, "s": ONES[:4, 0]}, lambda w, key, batch: (batch["x"] @ w).mean() * batch["s"].mean()),
+        (jnp.ones(3), ONES, lambda w, key, x: 1.0),
+    ],
+    ids=["drawn from the key", "complex parameters", "parts of two sizes", "a Python number"],
+)
+def test_any_batch_is_taken_in_parts(weights, batch, loss):
+    """A step of two parts is that of the mean of both losses, each with a key of its own."""
+
+    def halves(params, key, batch):
+        parts = [jax.tree.map(lambda leaf, i=i: leaf[i::2], batch) for i in range(2)]
+        return sum(jnp.asarray(loss(params["w"], jax.random.fold_in(key, i), part)) for i, part in enumerate(parts)) / 2
+
+    state = training.init({"w": weights}, SGD)
+    in_parts = training.make_step(lambda params, key, batch: loss(params["w"], key, batch), SGD, accumulate=2)
+    chex.assert_trees_all_close(in_parts(state, KEY, batch), training.make_step(halves, SGD)(state, KEY, batch), rtol=1e-5)
+
+
 def test_a_training_that_takes_no_step_saves_nothing_over_what_was_there():
     saved, state = [], training.init(params(), SGD)
 

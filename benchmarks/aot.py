@@ -254,4 +254,4 @@ def size_of(kinds, kind, start):
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    sys.exit(main(tyro.cli(Config, prog="python -m benchmarks.aot")))

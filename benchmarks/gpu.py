@@ -325,4 +325,4 @@ if __name__ == "__main__":
         sys.exit(message)
     import tyro
 
-    sys.exit(main(tyro.cli(Config)))
+    sys.exit(main(tyro.cli(Config, prog="python -m benchmarks.gpu")))

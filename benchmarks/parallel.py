@@ -188,4 +188,4 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    sys.exit(main(tyro.cli(Config, prog="python -m benchmarks.parallel")))

@@ -310,4 +310,4 @@ def pytorch_sampler(config, cuda):
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    sys.exit(main(tyro.cli(Config, prog="python -m benchmarks.train_step")))

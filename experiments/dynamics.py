@@ -231,4 +231,4 @@ def draw_langevin(file, shown, log_density, means, config, side=160, count=1000)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    sys.exit(main(tyro.cli(Config, prog="python -m experiments.dynamics")))

@@ -83,6 +83,8 @@ def draw(config):
 
 def network(run):
     """(x, t, y) -> velocity, from a run of `experiments.images digits` on the linear path."""
+    if not (run / "checkpoints").is_dir():
+        raise SystemExit(f"There is no run in {run}: train one by `make demo`, or give --run the folder of one.")
     settings = json.loads((run / "config.json").read_text())
     patch_size, hidden_size, depth, num_heads = (settings["network"][name] for name in ("patch_size", "hidden_size", "depth", "num_heads"))
     model = dit.DiT(patch_size, hidden_size, depth, num_heads, digits.CLASSES)
@@ -160,4 +162,4 @@ GUIDANCE = {
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    sys.exit(main(tyro.cli(Config, prog="python -m experiments.gallery")))

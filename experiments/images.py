@@ -310,6 +310,9 @@ def main(config: Config):
     data = open_data(config)
     if data.shape[-1] not in (1, 3) and (config.save_images or config.classifier is not None):
         raise SystemExit(f"The data have {data.shape[-1]} channels, so they are no images to save or to classify: use the preset latents.")
+    step, what = cell(config.network)
+    if any(side % step for side in data.shape[:2]):
+        raise SystemExit(f"The images are of {data.shape[0]} x {data.shape[1]} pixels, which {what} of {step} does not divide: change one.")
     if config.train and len(data.train) < config.batch:
         raise SystemExit(f"--batch is {config.batch}, but there are {len(data.train)} images to train on: give a smaller batch.")
     with run_folder.claim(config, free=FREE if config.decay else (*FREE, "steps"), trains=config.train):
@@ -331,6 +334,13 @@ def check(config):
         raise SystemExit(f"--warm-up is {config.warm_up} steps of {config.steps} in all: give fewer, or more --steps.")
 
 
+def cell(network):
+    """The number of pixels that must divide an image's sides, and the flag that it comes from."""
+    if isinstance(network, UNet):
+        return 2 ** (len(network.channel_mult) - 1), "the reduction by --network.channel-mult"
+    return network.patch_size, "--network.patch-size"
+
+
 def open_data(config):
     """The data that --data names."""
     if config.data in ("digits", "fashion-mnist"):
@@ -346,7 +356,7 @@ def open_data(config):
         made = centres[labels] + 0.3 * rng.normal(size=(len(labels), config.size, config.size, config.channels))
         source = images.arrays(made.astype(np.float32), labels)
     elif not folder.is_dir():
-        raise SystemExit(f"--data is {config.data}, which is no folder: give one, or digits, fashion-mnist or synthetic.")
+        raise SystemExit(f"There is no folder {config.data}: give --data a folder, or digits, fashion-mnist or synthetic.")
     elif files := sorted(folder.glob("*.array_record")):
         source = latents.read(files)
     else:
@@ -408,7 +418,10 @@ def run(config, data):
         state, numbers = run_folder.train(config, step, begun, batches, "loss per pixel", callbacks=[evaluate], trace=trace)
         report |= numbers
     else:
-        state = checkpoints.restore(config.folder / "checkpoints", state)
+        try:
+            state = checkpoints.restore(config.folder / "checkpoints", state)
+        except (FileNotFoundError, checkpoints.CorruptCheckpoint) as error:
+            raise SystemExit(f"{error} --no-train samples a run that is there: train it first, in the same --folder.") from error
     trained, sample = time.perf_counter(), functools.partial(sample, average(state))
 
     report["held-out loss per pixel"] = held_out_loss(average(state))

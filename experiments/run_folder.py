@@ -43,6 +43,8 @@ def claim(config, *, free=(), trains=True):
             raise
         return lock
 
+    if trains and jax.process_index() == 0:
+        print(*(f"{name:20} {value}" for name, value in vars(config).items()), "", sep="\n")
     try:
         lock = parallel.on_first(take)
     except OSError as error:
@@ -67,7 +69,9 @@ def train(config, step, run, batches, loss, *, callbacks=(), trace=None):
     with checkpoints.Checkpointer(config.folder / "checkpoints", keep=3, best="loss") as checkpointer:
         begun = checkpointer.resume(run)
         start, left = time.perf_counter(), config.steps - int(begun.state.step)
+        show = sys.stderr.isatty()
         logs = (
+            *([] if show else [_print_line]),
             training.json_lines(config.folder / "history.jsonl", begun.history),
             training.tensorboard(config.folder / "tensorboard", begun.history),
         )
@@ -80,7 +84,7 @@ def train(config, step, run, batches, loss, *, callbacks=(), trace=None):
             callbacks=(*callbacks, *logs),
             save=checkpointer.save,
             save_every=config.save_every,
-            progress=sys.stderr.isatty(),
+            progress=show,
             trace=trace,
             donate=True,
         )
@@ -93,6 +97,13 @@ def train(config, step, run, batches, loss, *, callbacks=(), trace=None):
         if jax.process_index() == 0:
             plots.loss(config.folder / "loss.png", ended.history, loss)
     return ended.state, numbers
+
+
+def _print_line(run, metrics):
+    """A line for each log, where there is no terminal for a bar."""
+    if jax.process_index() == 0:
+        numbers = {name: metrics[name] for name in ("step", "loss")} | metrics
+        print(*(f"{name} {value:{'.4g' if isinstance(value, float) else ''}}" for name, value in numbers.items()), sep="  ", flush=True)
 
 
 def report(folder, numbers, *, digits=3):

@@ -261,4 +261,4 @@ def draw_field(file, velocity, path, exact, config, frames=(0.05, 0.3, 0.6, 0.9)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    sys.exit(main(tyro.cli(Config, prog="python -m experiments.toy")))

@@ -9,6 +9,7 @@ import re
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tyro
@@ -221,8 +222,51 @@ def test_the_gallery_draws_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_digits_without_a_checkpoint_say_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*train first"):
+    with pytest.raises(SystemExit, match=r"no checkpoint at .*train it first, in the same --folder"):
         images.main(config("digits", tmp_path, train=False))
+
+
+def test_a_gallery_without_a_run_says_so(tmp_path):
+    with pytest.raises(SystemExit, match=r"no run in .*: train one by `make demo`"):
+        gallery.main(gallery.Config(run=tmp_path / "none", folder=tmp_path / "gallery"))
+
+
+def test_labels_are_dropped_in_training(tmp_path, monkeypatch):
+    """At the rate of --label-drop, for the null row; labels outside the table, which is what they become here, are refused."""
+    drops = []
+
+    def drop_labels(key, y, null, rate):
+        drops.append((null, rate))
+        return jax.numpy.full_like(y, null + 1)
+
+    monkeypatch.setattr(images.guidance, "drop_labels", drop_labels)
+    with pytest.raises(training.NonFiniteLoss):
+        images.main(config("digits", tmp_path, label_drop=0.25))
+    assert set(drops) == {(10, 0.25)}
+
+
+def test_a_damaged_checkpoint_is_not_sampled(tmp_path):
+    """And training goes on from the one before it."""
+    small = config("digits", tmp_path)
+    images.main(small)
+    history = (tmp_path / "history.jsonl").read_bytes()
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(SystemExit, match=r"4 is damaged: .* is of another content"):
+        images.main(dataclasses.replace(small, train=False))
+    with pytest.warns(UserWarning, match=r"4 is damaged: .*The one before it is used"):
+        images.main(small)
+    assert (tmp_path / "history.jsonl").read_bytes() == history
+
+
+def test_a_run_without_a_terminal_prints_its_flags_and_its_logs(tmp_path, capsys):
+    images.main(config("synthetic", tmp_path, classifier=None))
+    printed = capsys.readouterr().out
+    assert re.search(r"^batch +16\n", printed, re.MULTILINE)
+    assert re.search(r"^step 2  loss \d", printed, re.MULTILINE)
 
 
 @pytest.fixture
@@ -299,6 +343,8 @@ def test_a_folder_of_colour_images(tmp_path, sharding):
         ({"batch": 0}, "--batch is 0: give at least 1"),
         ({"batch": 1000}, "--batch is 1000, but there are 18 images to train on"),
         ({"held_out": 1.5}, "--held-out is 1.5: give a share"),
+        ({"network": images.Transformer(5)}, "64 x 64 pixels, which --network.patch-size of 5 does not divide"),
+        ({"network": images.UNet(channel_mult=(1,) * 8)}, "which the reduction by --network.channel-mult of 128 does not divide"),
         ({"data": "empty"}, "--data is empty: .* Each class has a sub-folder of images"),
     ],
     ids=str,
@@ -307,9 +353,8 @@ def test_wrong_flags_of_a_folder_are_named(tmp_path, monkeypatch, changes, said)
     """And the folder of the run is free for another try."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    small = config(
-        "folder", tmp_path / "run", **{"data": str(images_in(tmp_path / "photos", 16)), "threads": 0, "held_out": 0.25, **changes}
-    )
+    small = config("folder", tmp_path / "run", data=str(images_in(tmp_path / "photos", 16)), threads=0, held_out=0.25)
+    small = dataclasses.replace(small, **changes)
     with pytest.raises(SystemExit, match=said):
         images.main(small)
     with run_folder.claim(dataclasses.replace(small, batch=4)):
@@ -347,7 +392,7 @@ def test_data_from_files_and_folders(tmp_path):
     small = config("latents", tmp_path / "run", data=str(tmp_path), classes=20)
     data = images.open_data(small)
     assert (len(data.train), len(data.held_out), data.shape, len(data.names)) == (19, 1, (8, 8, 4), 20)
-    with pytest.raises(SystemExit, match=r"--data is nowhere, which is no folder"):
+    with pytest.raises(SystemExit, match=r"There is no folder nowhere: give --data a folder"):
         images.main(dataclasses.replace(small, data="nowhere"))
     with pytest.raises(SystemExit, match=r"The data have 4 channels, so they are no images to save or to classify"):
         images.main(dataclasses.replace(small, save_images=1))

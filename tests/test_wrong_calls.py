@@ -786,7 +786,7 @@ def measured(step, last=None):
         "a loss with more": (stepped(loss_fn=lambda params, key, batch: (batch.mean(), 1)), "loss_fn gives a tuple of 2"),
         "another optimiser's state": (stepped(training.init({"w": jnp.ones(3)}, optax.sgd(0.1))), "opt_state is of another optimiser"),
         "fewer averages": (stepped(ema_decay=(0.9, 0.99)), r"has 2 decays: .*emas=2"),
-        "more averages": (stepped(training.init({"w": jnp.ones(3)}, ADAM, emas=2)), "has 2 averages, but the step has one decay"),
+        "more averages": (stepped(training.init({"w": jnp.ones(3)}, ADAM, emas=2)), "has 2 EMAs, but the step has one decay"),
         "no optimiser": (lambda: training.init({"w": jnp.ones(3)}, "adam"), "optimizer is 'adam', .* optax"),
         "parts of a batch": (stepped(accumulate=3), "The batch of 4 does not divide into the 3 parts"),
         "a step for one device under pmap": (by_pmap(training.make_step(loss_fn, ADAM)), "axis_name=parallel.AXIS"),

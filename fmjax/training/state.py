@@ -26,7 +26,7 @@ class TrainState:
     opt_state: optax.OptState
     """The optimiser's state, of float32 where parameters have half precision."""
     ema: Any
-    """The average of the parameters, for sampling, in float32 likewise; a tuple of them where the step keeps several."""
+    """The exponential moving average (EMA) of the parameters, for sampling, in float32 likewise; a tuple where the step keeps several."""
 
 
 def init(params, optimizer, *, emas=None) -> TrainState:
@@ -35,9 +35,9 @@ def init(params, optimizer, *, emas=None) -> TrainState:
     Args:
       params: the network's parameters, any pytree.
       optimizer: an optax gradient transformation.
-      emas: how many averages, for a step with a tuple of decays; by default one, which is no tuple.
+      emas: how many exponential moving averages of the parameters, for a step with a tuple of decays; by default one, which is no tuple.
     Returns:
-      A `TrainState` of step 0, whose averages are copies of the parameters. Averages and the optimiser have float32 where parameters have
+      A `TrainState` of step 0, whose EMAs are copies of the parameters. EMAs and the optimiser's state have float32 where parameters have
       half precision, numbers become arrays, and no array stands in it twice.
     Raises:
       TypeError: if the optimiser is none of optax.
@@ -45,7 +45,7 @@ def init(params, optimizer, *, emas=None) -> TrainState:
     """
     _check_optimizer(optimizer)
     if emas is not None:
-        checks.whole("emas", emas, "how many averages the state has, as many as the step has decays")
+        checks.whole("emas", emas, "how many EMAs the state has, as many as the step has decays")
     # A number has no dtype of its own, so that a step would change it.
     params = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, jnp.result_type(leaf)), params)
     copies = [jax.tree.map(jnp.copy, _float32(params)) for _ in range(1 if emas is None else emas)]
@@ -132,24 +132,24 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
     Args:
       loss_fn: (params, key, batch) -> scalar loss.
       optimizer: the optax gradient transformation that made the state's `opt_state`.
-      ema_decay: the largest d_n of the average, in [0, 1); or a function of n, int32, that gives d_n itself, as
-        `training.power_ema` does; or a tuple of either, for as many averages.
+      ema_decay: the largest d_n of the EMA, ema <- d_n ema + (1 - d_n) params, in [0, 1); or a function of n, int32, that gives
+        d_n itself, as `training.power_ema` does; or a tuple of either, for as many EMAs.
       axis_name: the axis over which `jax.pmap` maps the step: losses and gradients are averaged along it, and each
         device folds its index into the key.
       accumulate: parts of a batch whose gradients are computed one after another, to save memory, and averaged. Part i
         takes every `accumulate`-th example from the i-th on, and folds i into the key.
     Returns:
       (state, key, batch) -> (state, metrics), with metrics `loss`, `grad_norm` and `update_norm`, scalars of float32, or float64 where that
-      is enabled. The last is not finite where a number of the new parameters, the optimiser's state or an average would not be.
+      is enabled. The last is not finite where a number of the new parameters, the optimiser's state or an EMA would not be.
     Raises:
       TypeError: if the optimiser is none of optax; of the step, if the state is no `TrainState`.
       ValueError: if an ema_decay is not in [0, 1), or accumulate is not a whole number of at least 1; of the step, if it does not
-        divide the batch, the loss is not one number, the state has not as many averages as there are decays, or another optimiser made it.
+        divide the batch, the loss is not one number, the state has not as many EMAs as there are decays, or another optimiser made it.
     """
     for decay in ema_decay if isinstance(ema_decay, tuple) else (ema_decay,):
         if not callable(decay) and not (isinstance(decay, int | float | np.number | jax.Array) and 0 <= decay < 1):
             raise ValueError(
-                f"ema_decay is {decay!r}, but it must be in [0, 1), a function of the step, or a tuple of these: 0 keeps no average, "
+                f"ema_decay is {decay!r}, but it must be in [0, 1), a function of the step, or a tuple of these: 0 keeps no EMA, "
                 "0.999 is common."
             )
     checks.function("loss_fn", loss_fn, "lambda params, key, batch: losses.flow_matching(...).mean()")
@@ -193,7 +193,7 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
                 raise ValueError(f"The step has {len(ema_decay)} decays: make the state by init(..., emas={len(ema_decay)}).")
             ema = tuple(average(d_n, ema, params) for d_n, ema in zip(d, state.ema, strict=True))
         elif jax.tree.structure(state.ema) != jax.tree.structure(state.params):
-            given = f"{len(state.ema)} averages" if isinstance(state.ema, tuple) else "an average of other parameters"
+            given = f"{len(state.ema)} EMAs" if isinstance(state.ema, tuple) else "an EMA of other parameters"
             raise ValueError(f"The state has {given}, but the step has one decay: make the state by init(params, optimizer).")
         else:
             ema = average(d[0], state.ema, params)

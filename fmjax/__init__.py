@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from fmjax import guidance, inverse, likelihood, losses, marginals, paths, sampling, targets, times
+from fmjax import guidance, inverse, likelihood, losses, marginals, paths, sampling, states, targets, times
 
 if TYPE_CHECKING:
     from fmjax import checkpoints, data, export, metrics, models, parallel, training
@@ -24,6 +24,7 @@ __all__ = [
     "parallel",
     "paths",
     "sampling",
+    "states",
     "targets",
     "times",
     "training",

@@ -14,6 +14,8 @@ from jax.core import Tracer
 
 def path(path) -> None:
     """Raises unless path has the two methods of one."""
+    if isinstance(path, dict | list | tuple):
+        raise TypeError(f"path is {path!r}, a pytree: make it the path of a state by paths.joint(path, x_1).")
     if isinstance(path, type) or not callable(getattr(path, "alpha", None)) or not callable(getattr(path, "beta", None)):
         made = f", which is a class: make one with {path.__name__}()" if isinstance(path, type) else ""
         raise TypeError(f"path is {path!r}{made}; a path is an object with alpha(t) and beta(t), such as paths.Linear().")

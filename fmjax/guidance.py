@@ -18,8 +18,19 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import checks, paths
+from fmjax import checks, paths, states
 from fmjax.paths import Field
+
+
+def _shapes(x):
+    """What a state is, for errors."""
+    layout = states.layout(x)
+    return f"shape {jnp.shape(x)}" if layout is None else f"the shapes {layout}"
+
+
+def _like(x, value):
+    """A value of all leaves side by side, as `_under` gives those of a pytree, like the state."""
+    return value if (layout := states.layout(x)) is None else layout.unflatten(value, like=x)
 
 
 def _check_scale(scale):
@@ -127,30 +138,46 @@ def _projection(a, b):
 def _under(field_y, conditions):
     """(x, t) -> the values under several conditions, each of one per example, in one batched call."""
     checks.function("field_y", field_y, "lambda x, t, y: model.apply(params, x, t, y)")
-    for y in conditions:
-        if not y.ndim:
-            raise ValueError("y has shape (), but it holds one condition per example, (B, ...): for one for all give jnp.full((B,), y).")
+    count = len(conditions)
     # Joined here, not in a sampler's loop, where a network could not see the values of labels and say which is wrong.
-    many_y = jnp.concatenate(conditions) if len(conditions) > 1 else conditions[0]
+    many_y = jax.tree.map(lambda *each: jnp.concatenate(each), *conditions) if count > 1 else conditions[0]
 
     def values(x, t):
-        for y in conditions:
-            if y.shape[:1] != x.shape[:1]:
+        examples = states.example_shape(x)
+        for leaf in jax.tree.leaves(conditions):
+            if leaf.shape[:1] != examples:
                 raise ValueError(
-                    f"y has shape {y.shape}, but it must hold one condition per example for x of shape {x.shape}, {x.shape[:1]} or more."
+                    f"y has shape {leaf.shape}, but it must hold one condition per example for x of {_shapes(x)}, {examples} or more."
                 )
-        count = len(conditions)
-        many_x = jnp.concatenate([x] * count) if count > 1 else x
+        many_x = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * count), x) if count > 1 else x
         many_t = jnp.concatenate([t] * count) if count > 1 and jnp.ndim(t) else t
         value = field_y(many_x, many_t, many_y)
-        checks.like("The field's output", value, many_x)
+        if (layout := states.layout(many_x)) is None:
+            checks.like("The field's output", value, many_x)
+        else:
+            value = layout.flatten("The field's output", value)
         return jnp.split(value, count) if count > 1 else [value]
 
     return values
 
 
+def _conditions(y):
+    """Conditions as arrays, one or a pytree of them, each of one condition per example."""
+    y = jax.tree.map(jnp.asarray, y) if states.layout(y) is not None else jnp.asarray(y)
+    for leaf in jax.tree.leaves(y):
+        if not leaf.ndim:
+            raise ValueError(
+                "y has shape (), but it must hold one condition per example, (B,) or (B, ...): jnp.full((B,), label) for one label."
+            )
+    return y
+
+
 def _nulls(null, y):
     """The null as conditions like y."""
+    if (layout := states.layout(y)) is not None:
+        if jax.tree.structure(null) != layout.structure:
+            raise ValueError(f"null is {null!r}, but y is the pytree {layout}: give a null for each of its leaves.")
+        return jax.tree.map(_nulls, null, y)
     return jnp.broadcast_to(_null_like(null, y), y.shape)
 
 
@@ -172,7 +199,8 @@ def _null_like(null, y):
             held = jnp.iinfo(y.dtype)
             if given.size and (given.min() < held.min or given.max() > held.max):
                 raise ValueError(f"null is {null}, but y has dtype {y.dtype}, which cannot hold it: give y.astype(jnp.int32).")
-    if not isinstance(given, Tracer) and not np.isfinite(np.asarray(given.astype(y.dtype), np.float64)).all():
+    # What is NaN is not given, to the modules of `models.conditions`.
+    if not isinstance(given, Tracer) and np.isinf(np.asarray(given.astype(y.dtype), np.float64)).any():
         raise ValueError(f"null is {null}, which is not finite in y's dtype, {y.dtype}: give a condition that the network was trained on.")
     return jnp.asarray(given, y.dtype)
 
@@ -184,9 +212,10 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate) -> Field:
 
     Args:
       field_y: (x, t, y) -> like x, the network.
-      y: conditions, (B,) labels or (B, ...) of any kind.
-      null: the condition that stands for none, a label or an array like one example's y; or like y, one per example. What is
-        not wanted, a negative condition, takes its place.
+      y: conditions, (B,) labels or (B, ...) of any kind, or a pytree of such arrays.
+      null: the condition that stands for none, a label or an array like one example's y; or like y, one per example; of a pytree one for
+        each leaf. NaN stands for none in the modules of `models.conditions` for real numbers. What is not wanted, a negative
+        condition, takes its place.
       scale: w, a number, one per example, (B,), or an array that multiplies x. 1 is no guidance and costs one evaluation.
       combine: how the values are put together, `(guided, unguided, scale) -> value`; `extrapolate` is (1).
     Returns:
@@ -196,13 +225,14 @@ def classifier_free(field_y, y, null, scale, *, combine=extrapolate) -> Field:
     """
     _check_scale(scale)
     checks.function("combine", combine, "guidance.cfg_zero_star")
-    y = jnp.asarray(y)
+    y = _conditions(y)
     plain = not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1
     values = _under(field_y, [y] if plain else [_nulls(null, y), y])
 
     def field(x, t):
         *unguided, guided = values(x, t)
-        return guided if plain else combine(guided, *unguided, checks.multiplier("The guidance scale", scale, x))
+        value = guided if plain else combine(guided, *unguided, checks.multiplier("The guidance scale", scale, guided))
+        return _like(x, value)
 
     return field
 
@@ -223,7 +253,7 @@ def compose(field_y, ys, null, scales) -> Field:
       ValueError: if there is not one scale per condition, a scale is not finite or has axes other than x's, or a y has not one
         condition per example.
     """
-    ys = [jnp.asarray(y) for y in ys]
+    ys = [_conditions(y) for y in ys]
     if len(ys) != len(scales) or not ys:
         raise ValueError(f"There are {len(ys)} conditions and {len(scales)} scales, but each condition has one scale.")
     for scale in scales:
@@ -232,8 +262,8 @@ def compose(field_y, ys, null, scales) -> Field:
 
     def field(x, t):
         unguided, *guided = values(x, t)
-        multipliers = [checks.multiplier("The guidance scale", scale, x) for scale in scales]
-        return unguided + sum(scale * (value - unguided) for scale, value in zip(multipliers, guided, strict=True))
+        multipliers = [checks.multiplier("The guidance scale", scale, unguided) for scale in scales]
+        return _like(x, unguided + sum(scale * (value - unguided) for scale, value in zip(multipliers, guided, strict=True)))
 
     return field
 
@@ -259,6 +289,9 @@ def autoguidance(field, weak_field, scale, *, combine=extrapolate) -> Field:
         return field
 
     def guided(x, t):
+        if (layout := states.layout(x)) is not None:
+            flat = autoguidance(layout.field(field), layout.field(weak_field), scale, combine=combine)(layout.flatten("x", x), t)
+            return layout.unflatten(flat, like=x)
         value, weak = field(x, t), weak_field(x, t)
         checks.like("The field's output", value, x)
         checks.like("The weak field's output", weak, x)
@@ -290,6 +323,9 @@ def interval(guided, otherwise, start, end) -> Field:
     def field(x, t):
         if jnp.ndim(t):
             raise ValueError(f"t has shape {jnp.shape(t)}, but guidance in an interval takes one time for the whole batch.")
+        if (layout := states.layout(x)) is not None:
+            flat = interval(layout.field(guided), layout.field(otherwise), start, end)(layout.flatten("x", x), t)
+            return layout.unflatten(flat, like=x)
         inside, outside = checks.like_state(guided, "The guided field's output"), checks.like_state(otherwise, "The other field's output")
         return lax.cond((start <= t) & (t <= end), inside, outside, x, t)
 
@@ -328,6 +364,9 @@ def classifier(field, log_probability, scale) -> Field:
         return value.sum()
 
     def guided(x, t):
+        if (layout := states.layout(x)) is not None:
+            flat = classifier(layout.field(field), layout.of_state(log_probability), scale)(layout.flatten("x", x), t)
+            return layout.unflatten(flat, like=x)
         weight = scale(paths.lift(t, x)) if callable(scale) else scale
         if callable(scale) and not isinstance(t, Tracer):
             checks.weight(scale, t)
@@ -343,8 +382,8 @@ def drop_labels(key, y, null, rate) -> chex.ArrayDevice:
 
     Args:
       key: a typed key.
-      y: conditions, (B,) labels or (B, ...) of any kind.
-      null: the condition that stands for none, a label or an array like one example's y.
+      y: conditions, (B,) labels or (B, ...) of any kind, or a pytree of such arrays, which are dropped together.
+      null: the condition that stands for none, a label or an array like one example's y; of a pytree one for each leaf.
       rate: the course's eta, the probability of the null, in [0, 1].
     Returns:
       Conditions, like y.
@@ -353,10 +392,13 @@ def drop_labels(key, y, null, rate) -> chex.ArrayDevice:
     """
     checks.key(key)
     checks.number("rate", rate, "the probability of the null", least=0, most=1)
-    y = jnp.asarray(y)
-    if not y.ndim:
-        raise ValueError(
-            "y has shape (), but it must hold one condition per example, (B,) or (B, ...): jnp.full((B,), label) for one label."
-        )
-    drop = jax.random.bernoulli(key, rate, y.shape[:1])
-    return jnp.where(drop.reshape(-1, *(1,) * (y.ndim - 1)), _nulls(null, y), y)
+    y = _conditions(y)
+    examples = states.example_shape(y)
+    drop = jax.random.bernoulli(key, rate, examples)
+
+    def dropped(nulls, y):
+        if y.shape[:1] != examples:
+            raise ValueError(f"y has leaves of {examples[0]} and of {y.shape[0]} conditions, but each is of one per example.")
+        return jnp.where(drop.reshape(-1, *(1,) * (y.ndim - 1)), nulls, y)
+
+    return jax.tree.map(dropped, _nulls(null, y), y)

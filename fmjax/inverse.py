@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fmjax import checks, paths, targets
+from fmjax import checks, paths, states, targets
 from fmjax.paths import Field
 
 
@@ -36,7 +36,8 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       field: (x, t) -> u_t(x), like x, in which no example depends on another.
-      operator: A, of one example, a linear function of an array like x[0]: `lambda x: x * mask`, `lambda x: x[::2, ::2]`.
+      operator: A, of one example, a linear function of an array like x[0], or of a pytree of them: `lambda x: x * mask`,
+        `lambda x: x[::2, ::2]`.
       y: what was measured of each example, (B, ...); what A cannot give, such as finite numbers behind a mask, does not matter.
       noise: its standard deviation.
       spread: r_t, a function of t; None for beta_t / sqrt(alpha_t^2 + beta_t^2), right for data N(0, I).
@@ -64,6 +65,12 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
         return targets.coefficients(path, t, source=targets.score, target=targets.velocity)[1]
 
     def guided(x, t):
+        paths.fits(path, x)
+        if (layout := states.layout(x)) is not None:
+            flat = linear_inverse(
+                *(path, layout.field(field), layout.of_state(operator), y), noise=noise, spread=spread, iterations=iterations
+            )
+            return layout.unflatten(flat(layout.flatten("x", x), t), like=x)
         if not isinstance(t, Tracer):
             checks.weight(b, t)
             if not isinstance(noise, Tracer) and noise == 0:
@@ -85,7 +92,10 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
         if not isinstance(of_zero, Tracer) and np.any(np.asarray(of_zero)):
             raise ValueError("The operator of 0 is not 0, but it is linear: take what it adds from y, and leave it out.")
         transpose = jax.linear_transpose(operator, expected[0])
-        variance = jnp.broadcast_to((default if spread is None else spread)(t) ** 2, x.shape[:1])
+        variance = (default if spread is None else spread)(t) ** 2
+        if jnp.ndim(variance) == 2:
+            raise TypeError("The path is joint, so the spread r_t is another for each leaf: give `spread`, one function of t for all.")
+        variance = jnp.broadcast_to(variance, x.shape[:1])
 
         conjugate_gradients = functools.partial(jax.scipy.sparse.linalg.cg, tol=float(jnp.finfo(measured.dtype).eps), maxiter=iterations)
 

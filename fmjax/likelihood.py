@@ -14,7 +14,7 @@ once by the caller, so that a trajectory has one integrand from end to end and a
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fmjax import checks, sampling
+from fmjax import checks, sampling, states
 from fmjax.sampling.checks import check_ends
 
 
@@ -33,8 +33,8 @@ class Density(NamedTuple):
     """log p_1(x_1) in nats, (B,); the mean over the probes where there are any."""
     standard_error: jax.Array
     """Of log_p over the probes, (B,): 0 without probes, NaN from one probe, which cannot tell."""
-    x: jax.Array
-    """The other end of each trajectory, (B, ...)."""
+    x: Any
+    """The other end of each trajectory, (B, ...), or a pytree like the state."""
 
 
 def exact_divergence(field, x, t, *, block=16) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
@@ -49,6 +49,9 @@ def exact_divergence(field, x, t, *, block=16) -> tuple[chex.ArrayDevice, chex.A
       u, like x, and div u, (B,).
     """
     checks.whole("block", block, "how many products are computed at once")
+    if (layout := states.layout(x)) is not None:
+        u, trace = exact_divergence(layout.field(field), layout.flatten("x", x), t, block=block)
+        return layout.unflatten(u, like=x), trace
     u, push = _linearize(field, x, t)
     dimensions = x[0].size
     basis = jnp.eye(dimensions, dtype=x.dtype).reshape(dimensions, *x.shape[1:])
@@ -66,8 +69,8 @@ def hutchinson(probes) -> Callable:
     """Hutchinson's estimate of the divergence    (3) (Hutchinson 1989; Grathwohl et al. 2019, arXiv:1810.01367).
 
     Args:
-      probes: (B, k, ...), k for each example, of mean 0 and covariance I; `jax.random.rademacher(key, (B, k, ...), float)`
-        scatters less than normal ones.
+      probes: (B, k, ...), k for each example, or a pytree of them like the state; of mean 0 and covariance I:
+        `jax.random.rademacher(key, (B, k, ...), float)` scatters less than normal ones.
     Returns:
       A divergence, (field, x, t) -> u, like x, and e^T J e of each probe, (B, k).
     """
@@ -135,6 +138,10 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact_divergence
       ValueError: if the grid does not increase, probes do not have x's shape, or a trace or log_density_0 is not one per example.
     """
     checks.function("divergence", divergence, "likelihood.exact_divergence")
+    if (layout := states.layout(x_1)) is not None:
+        field, flat, of_noise = layout.field(field), layout.flatten("x_1", x_1), layout.of_state(log_density_0)
+        found = log_density(field, of_noise, flat, times, divergence=divergence, step=step)
+        return found._replace(x=layout.unflatten(found.x, like=x_1))
     backwards, times = sampling.reverse(field, times)
 
     def rate(backwards, x, t):
@@ -161,12 +168,18 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact_divergence, ste
       TypeError: if x_0 is not of floats.
       ValueError: if the grid does not increase, probes do not have x's shape, or a trace or log_density_0 is not one per example.
     """
+    if (layout := states.layout(x_0)) is not None:
+        field, flat, of_noise = layout.field(field), layout.flatten("x_0", x_0), layout.of_state(log_density_0)
+        found = sample(field, of_noise, flat, times, divergence=divergence, step=step)
+        return found._replace(x=layout.unflatten(found.x, like=x_0))
     x_1, integral = _integrate(field, divergence, x_0, times, step)
     return _density(_log_density_0(log_density_0, x_0), integral, x_1.astype(jnp.asarray(x_0).dtype))
 
 
 def normal(x) -> chex.ArrayDevice:
     """The standard normal log density of each example, (B,)."""
+    if (layout := states.layout(x)) is not None:
+        x = layout.flatten("x", x)
     x = _examples(x)
     return -(x**2 + jnp.log(2 * jnp.pi)).reshape(x.shape[0], -1).sum(-1) / 2
 
@@ -185,6 +198,8 @@ def dequantize(key, x, width) -> chex.ArrayDevice:
       ValueError: if width is not one positive number.
     """
     checks.key(key)
+    if (layout := states.layout(x)) is not None:
+        return layout.unflatten(dequantize(key, layout.flatten("x", x), width))
     x = _examples(x)
     _check_width(width)
     return x + jnp.asarray(width, x.dtype) * (jax.random.uniform(key, x.shape, x.dtype) - 0.5)
@@ -271,6 +286,9 @@ def _density(log_p_0, integral, x):
 
 def _probes(name, probes, x):
     """Probes in x's dtype, checked."""
+    if states.layout(probes) is not None:
+        leaves = [checks.floats(name, leaf) for leaf in jax.tree.leaves(probes)]
+        probes = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=2)
     probes = checks.floats(name, probes)
     if 0 in probes.shape:
         raise ValueError(f"{name} has shape {probes.shape}, but an estimate needs at least one probe.")

@@ -15,15 +15,15 @@ A finite data set is the mixture with s_k = 0. These are the oracle that everyth
 
 import dataclasses
 import functools
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import checks, paths, targets
+from fmjax import checks, paths, states, targets
 from fmjax.paths import Field
 
 
@@ -34,13 +34,15 @@ class GaussianMixture:
 
     weights: jax.Array
     """In proportion to probabilities, (K,)."""
-    means: jax.Array
-    """(K, ...)."""
-    scales: jax.Array
-    """Standard deviations, at least 0: one for all (), one per component (K,), or one per coordinate (K, ...)."""
+    means: Any
+    """(K, ...), or a pytree of such arrays, where the state is one."""
+    scales: Any
+    """Standard deviations, at least 0: one for all (), one per component (K,), or one per coordinate (K, ...), like the means."""
 
-    def sample(self, key, n) -> chex.ArrayDevice:
-        """n draws, (n, ...)."""
+    def sample(self, key, n) -> Any:
+        """n draws, (n, ...), or a pytree of them like the means."""
+        if (layout := states.layout(self.means)) is not None:
+            return layout.unflatten(_flat(self).sample(key, n), like=self.means)
         _check_data(self)
         checks.key(key)
         checks.whole("n", n, "how many draws are made")
@@ -56,11 +58,13 @@ class GaussianMixture:
 class Empirical:
     """The uniform distribution on a finite set of points."""
 
-    points: jax.Array
-    """(N, ...)."""
+    points: Any
+    """(N, ...), or a pytree of such arrays, where the state is one."""
 
-    def sample(self, key, n) -> chex.ArrayDevice:
-        """n draws with replacement, (n, ...)."""
+    def sample(self, key, n) -> Any:
+        """n draws with replacement, (n, ...), or a pytree of them like the points."""
+        if (layout := states.layout(self.points)) is not None:
+            return layout.unflatten(_flat(self).sample(key, n), like=self.points)
         _check_data(self)
         checks.key(key)
         checks.whole("n", n, "how many draws are made")
@@ -77,6 +81,7 @@ def _check_data(distribution):
             f"The distribution is {distribution!r}, but it is a GaussianMixture or an Empirical, after the path: "
             "marginals.velocity(path, distribution)."
         )
+    distribution = _flat(distribution)
     # Evaluated now, also inside `jit`, and where the numbers are, since a training set is large.
     with jax.ensure_compile_time_eval():
         parts = {field.name: jnp.asarray(getattr(distribution, field.name)) for field in dataclasses.fields(distribution)}
@@ -108,6 +113,32 @@ def _check_data(distribution):
                 raise ValueError(f"weights sum to {part.sum():g}, but they are in proportion to probabilities: {cure}.")
 
 
+def _layout(distribution):
+    """The layout of a distribution's means or points."""
+    return states.layout(distribution.points if isinstance(distribution, Empirical) else distribution.means)
+
+
+def _flat(distribution):
+    """The same distribution of one array, where it is of a pytree."""
+    if (layout := _layout(distribution)) is None:
+        return distribution
+    if isinstance(distribution, Empirical):
+        return Empirical(layout.flatten("points", distribution.points))
+    scales = distribution.scales
+    scales = scales if states.layout(scales) is None else layout.flatten("scales", scales)
+    return GaussianMixture(distribution.weights, layout.flatten("means", distribution.means), scales)
+
+
+def _state(path, distribution, x):
+    """The state as one array, and its layout where it is a pytree, which the distribution is then too."""
+    paths.fits(path, x)
+    layout, data = states.layout(x), _layout(distribution)
+    if layout != data:
+        shapes = [f"a pytree {each}" if each else "one array" for each in (layout, data)]
+        raise ValueError(f"The state is {shapes[0]}, but the distribution is of {shapes[1]}: make its means or points like the state.")
+    return (checks.batch("x", x) if layout is None else layout.flatten("x", x)), layout
+
+
 def _scales(mixture):
     """Scales that broadcast against the means."""
     means, scales = jnp.asarray(mixture.means), jnp.asarray(mixture.scales)
@@ -119,6 +150,7 @@ def _scales(mixture):
 def _components(distribution):
     """Log weights (K,), means (K, D) and scales (K, 1) or (K, D)."""
     _check_data(distribution)
+    distribution = _flat(distribution)
     if isinstance(distribution, Empirical):
         means = checks.floats("points", distribution.points)
         log_weights, scales = jnp.full(len(means), -jnp.log(len(means)), means.dtype), jnp.zeros((len(means), 1), means.dtype)
@@ -152,7 +184,8 @@ def _posterior(path, distribution, x, t):
 @functools.partial(jax.jit, static_argnums=6)
 def _over_components(alpha, beta, log_weights, means, scales, x, block):
     """log p_t(x), E[x_1 | x] and grad log p_t(x), in one pass over blocks of so many components."""
-    alpha, beta = (jnp.reshape(value, (-1, 1, 1)) for value in (alpha, beta))
+    # Along a joint path each coordinate has its own.
+    alpha, beta = (jnp.reshape(value, (-1, 1, value.shape[1] if jnp.ndim(value) == 2 else 1)) for value in (alpha, beta))
     padding = -len(means) % block
     log_weights = jnp.pad(log_weights, (0, padding), constant_values=-jnp.inf)
     means, scales = jnp.pad(means, ((0, padding), (0, 0))), jnp.pad(scales, ((0, padding), (0, 0)), constant_values=1)
@@ -182,7 +215,8 @@ def _over_components(alpha, beta, log_weights, means, scales, x, block):
 
 def _check_known(path, distribution, t):
     """Raises where a path's derivative is infinite, or points have no noise, at a time whose value is known."""
-    scales, known = 0 if isinstance(distribution, Empirical) else distribution.scales, np.asarray(t, np.float32)
+    scales = 0 if isinstance(distribution, Empirical) else _flat(distribution).scales
+    known = np.asarray(t, np.float32)
     try:
         with jax.ensure_compile_time_eval():
             infinite = ~np.isfinite(np.asarray(targets.velocity(path, known))).all(0)
@@ -192,7 +226,7 @@ def _check_known(path, distribution, t):
         # A path or data of numbers that are not known.
         return
     if infinite.any():
-        at = known.reshape(-1)[int(np.flatnonzero(infinite)[0])]
+        at = known.reshape(-1)[int(np.nonzero(infinite.reshape(known.size, -1))[0][0])]
         raise ValueError(
             f"The velocity of {path} to these data is infinite at t = {at:g}: let the grid end earlier or start later, or evaluate "
             "nothing there, as last=sampling.euler and steps that know the path do (sampling.path_heun(path))."
@@ -215,12 +249,13 @@ def velocity(path, distribution) -> Field:
     _check_data(distribution)
 
     def field(x, t):
-        x = checks.batch("x", x)
+        like, (x, layout) = x, _state(path, distribution, x)
         _, data, score = _posterior(path, distribution, x, t)
         if not isinstance(t, Tracer):
             _check_known(path, distribution, t)
         a, b = targets.velocity(path, paths.lift(t, x))
-        return (a * data - b * path.beta(paths.lift(t, x)) * score).astype(x.dtype)
+        value = (a * data - b * path.beta(paths.lift(t, x)) * score).astype(x.dtype)
+        return value if layout is None else layout.unflatten(value, like=like)
 
     return field
 
@@ -241,8 +276,9 @@ def score(path, distribution) -> Field:
     _check_data(distribution)
 
     def field(x, t):
-        x = checks.batch("x", x)
-        return _posterior(path, distribution, x, t)[2].astype(x.dtype)
+        like, (x, layout) = x, _state(path, distribution, x)
+        value = _posterior(path, distribution, x, t)[2].astype(x.dtype)
+        return value if layout is None else layout.unflatten(value, like=like)
 
     return field
 
@@ -260,4 +296,4 @@ def log_density(path, distribution) -> Field:
     """
     checks.path(path)
     _check_data(distribution)
-    return lambda x, t: _posterior(path, distribution, checks.batch("x", x), t)[0]
+    return lambda x, t: _posterior(path, distribution, _state(path, distribution, x)[0], t)[0]

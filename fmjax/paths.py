@@ -20,18 +20,20 @@ so grids for steps that know the path start later.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import checks
+from fmjax import checks, states
 
-Field = Callable[[chex.ArrayDevice, chex.Numeric], chex.ArrayDevice]
+Field = Callable[[Any, chex.Numeric], Any]
 """(x, t) -> like x: a velocity, a score, a network closed over its parameters."""
 
 
@@ -133,6 +135,79 @@ class SquareRoot:
         return jnp.sqrt(1 - t)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """The path of a pytree whose leaves go along paths of their own; see `joint`, which makes it.
+
+    Its alpha and beta are of the state laid out as one array (B, D): (1, D) for one time, (B, D) for times (B,) or (B, 1).
+    """
+
+    parts: tuple[Any, ...]
+    """The path of each leaf."""
+    layout: states.Layout
+    """How the leaves lie side by side."""
+
+    def alpha(self, t) -> chex.ArrayDevice:
+        return self._side_by_side("alpha", t)
+
+    def beta(self, t) -> chex.ArrayDevice:
+        return self._side_by_side("beta", t)
+
+    def _side_by_side(self, schedule, t):
+        t = jnp.asarray(t, jnp.result_type(float, t))
+        column = t if t.ndim == 2 else t.reshape(-1, 1)
+        values = [jnp.asarray(getattr(part, schedule)(column)) for part in self.parts]
+        return jnp.concatenate(
+            [jnp.broadcast_to(value, (len(column), size)) for value, size in zip(values, self.layout.sizes, strict=True)], axis=1
+        )
+
+    def check(self, x) -> None:
+        """Raises unless a state is laid out as this path is."""
+        layout, size = states.layout(x), sum(self.layout.sizes)
+        if layout is not None and layout != self.layout:
+            raise ValueError(f"The path is joint for the state {self.layout}, but the state is {layout}.")
+        if layout is None and (jnp.ndim(x) != 2 or jnp.shape(x)[1] != size):
+            raise ValueError(f"The path is joint for the state {self.layout}, but x is one array of shape {jnp.shape(x)}.")
+
+
+def joint(paths, x) -> Joint:
+    """The path of a pytree whose leaves go along paths of their own: paths.joint({"image": Linear(), "pose": Cosine()}, x_1).
+
+    x_t = alpha_t x_1 + beta_t x_0, leaf by leaf        (1)
+
+    Args:
+      paths: a pytree of paths like the state, or one that stands for all leaves below it.
+      x: a state, a pytree of arrays (B, ...), of which only the shapes are read.
+    Returns:
+      A path of that state, for every function that takes a path and a state.
+    Raises:
+      TypeError: if x is one array, or a leaf of `paths` is no path.
+      ValueError: if the pytrees do not go together.
+    """
+    layout = states.layout(x)
+    if layout is None:
+        raise TypeError(f"x is of {type(x)}, but a joint path is of a pytree: give one path, such as paths.Linear(), to one array.")
+
+    def is_path(value):
+        return callable(getattr(value, "alpha", None)) and callable(getattr(value, "beta", None))
+
+    for leaf in jax.tree.leaves(paths, is_leaf=is_path):
+        checks.path(leaf)
+    try:
+        parts = jax.tree.map(lambda path, below: [path] * len(jax.tree.leaves(below)), paths, x, is_leaf=is_path)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"The paths {paths!r} do not go with the state {layout}: give a path for each leaf.") from error
+    return Joint(tuple(jax.tree.leaves(parts, is_leaf=is_path)), layout)
+
+
+def fits(path, x) -> None:
+    """Raises unless a path is one, and one of such a state."""
+    checks.path(path)
+    if isinstance(path, Joint):
+        path.check(x)
+
+
 def lift(t, x) -> chex.ArrayDevice:
     """Times shaped to multiply x: the one place where times meet examples.
 
@@ -172,6 +247,15 @@ def time_from_signal_fraction(path, signal) -> chex.ArrayDevice:
     """
     checks.path(path)
     checks.real("signal", signal)
+    if isinstance(path, Joint):
+        if jnp.shape(signal)[-1:] != (sum(path.layout.sizes),):
+            raise ValueError(
+                f"The path is joint, but signal has shape {jnp.shape(signal)}: the leaves reach a signal at times of their own, so ask "
+                "the path of one leaf."
+            )
+        ends = np.cumsum(path.layout.sizes)[:-1]
+        each = zip(path.parts, jnp.split(jnp.asarray(signal), ends, axis=-1), strict=True)
+        return jnp.concatenate([time_from_signal_fraction(part, value) for part, value in each], axis=-1)
     signal = jnp.asarray(signal, jnp.result_type(float, signal))
     if not isinstance(signal, Tracer) and not ((signal >= 0) & (signal <= 1)).all():
         raise ValueError(f"The signal is {signal}, but alpha / (alpha + beta) is in [0, 1]: 0 is noise, 1 is data.")
@@ -217,7 +301,10 @@ def interpolate(path, x_0, x_1, t) -> chex.ArrayDevice:
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
-    checks.path(path)
+    fits(path, x_1)
+    if (layout := states.layout(x_1)) is not None:
+        flat = interpolate(path, layout.flatten("x_0", x_0), layout.flatten("x_1", x_1), t)
+        return layout.unflatten(flat, like=x_1)
     x_0, x_1 = checks.floats("x_0", x_0), checks.floats("x_1", x_1)
     checks.like("x_0", x_0, x_1)
     t = lift(checks.on_path(t), x_1)
@@ -240,13 +327,16 @@ def flow(path, x_0, x_1, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
+    fits(path, x_1)
+    if (layout := states.layout(x_1)) is not None:
+        both = flow(path, layout.flatten("x_0", x_0), layout.flatten("x_1", x_1), t)
+        return layout.unflatten(both[0], like=x_1), layout.unflatten(both[1], like=x_1)
     t = checks.times(checks.on_path(t), checks.floats("x_1", x_1))
     return jax.jvp(lambda t: interpolate(path, x_0, x_1, t), (t,), (jnp.ones_like(t),))
 
 
 def _noise_at(path, x, x_1, t):
     """The x_0 whose path to x_1 passes x at time t: (1) solved for x_0, for beta_t > 0."""
-    checks.path(path)
     x, x_1 = checks.floats("x", x), checks.floats("x_1", x_1)
     checks.like("x", x, x_1)
     t = lift(checks.on_path(t), x_1)
@@ -269,6 +359,10 @@ def conditional_velocity(path, x, x_1, t) -> chex.ArrayDevice:
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
+    fits(path, x_1)
+    if (layout := states.layout(x_1)) is not None:
+        flat = conditional_velocity(path, layout.flatten("x", x), layout.flatten("x_1", x_1), t)
+        return layout.unflatten(flat, like=x_1)
     return flow(path, _noise_at(path, x, x_1, t), x_1, t)[1]
 
 
@@ -288,5 +382,9 @@ def conditional_score(path, x, x_1, t) -> chex.ArrayDevice:
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
+    fits(path, x_1)
+    if (layout := states.layout(x_1)) is not None:
+        flat = conditional_score(path, layout.flatten("x", x), layout.flatten("x_1", x_1), t)
+        return layout.unflatten(flat, like=x_1)
     noise = _noise_at(path, x, x_1, t)
     return (-noise / path.beta(lift(t, noise))).astype(x_1.dtype)

@@ -13,13 +13,15 @@ which holds for expectations given x_t = x too, hence for the marginal velocity 
 networks. A target of your own is a function `(path, t) -> (a, b)`.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fmjax import checks, paths
+from fmjax import checks, paths, states
 from fmjax.paths import Field
 
 
@@ -50,6 +52,87 @@ def data(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
 def v(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
     """alpha_t x_0 - beta_t x_1    (Salimans and Ho 2022, arXiv:2202.00512, section 4, whose alpha and sigma are alpha and beta here)."""
     return -path.beta(t), path.alpha(t)
+
+
+def edm(sigma_data=0.5) -> Callable:
+    """EDM's target: what is left of the data when the best linear guess from x_t is taken away, of unit variance; for any path.
+
+    F = (beta_t x_1 - alpha_t sigma_data^2 x_0) / (sigma_data sqrt(beta_t^2 + alpha_t^2 sigma_data^2)),  so that with x = x_t / alpha_t
+    D = c_skip x + c_out F,  c_skip = sigma_data^2 / (sigma^2 + sigma_data^2),  c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)
+    (Karras et al. 2022, arXiv:2206.00364, section 5, where sigma = beta_t / alpha_t)
+
+    Its variance is 1 where the data's is sigma_data^2; with sigma_data = 1 on a path with alpha^2 + beta^2 = 1 it is -v.
+
+    Args:
+      sigma_data: the data's standard deviation.
+    Returns:
+      A target, `(path, t) -> (a, b)`; the network's input is scaled by `scale_input`.
+    """
+    checks.number("sigma_data", sigma_data, "the data's standard deviation", least=0, above=True)
+
+    def row(path, t):
+        alpha, beta = path.alpha(t), path.beta(t)
+        size = jnp.sqrt(beta**2 + (alpha * sigma_data) ** 2)
+        return beta / (sigma_data * size), -alpha * sigma_data / size
+
+    row.__name__ = "edm"
+    return row
+
+
+def scale_input(path, network, sigma_data=0.5, *, time=None) -> Field:
+    """A network that sees states of unit variance, as EDM's do.
+
+    (x, t) -> network(c_in x, t),  c_in = 1 / sqrt(alpha_t^2 sigma_data^2 + beta_t^2)    (Karras et al. 2022, arXiv:2206.00364, section 5)
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      network: (x, t) -> like x.
+      sigma_data: the data's standard deviation.
+      time: what the network sees of the time, a function of t: `lambda t: targets.c_noise(path, t)` is EDM's; by default t itself.
+    Returns:
+      A field, (x, t) -> like x, for `losses.denoising(..., target=targets.edm(sigma_data))` and other targets.
+    """
+    checks.path(path)
+    checks.function("network", network, checks.FIELD)
+    checks.number("sigma_data", sigma_data, "the data's standard deviation", least=0, above=True)
+    if time is not None:
+        checks.function("time", time, "lambda t: targets.c_noise(path, t)")
+
+    def scaled(x, t):
+        paths.fits(path, x)
+        if (layout := states.layout(x)) is not None:
+            flat = scale_input(path, layout.field(network), sigma_data, time=time)(layout.flatten("x", x), t)
+            return layout.unflatten(flat, like=x)
+        x = checks.floats("x", x)
+        lifted = paths.lift(checks.on_path(t), x)
+        c_in = 1 / jnp.sqrt((path.alpha(lifted) * sigma_data) ** 2 + path.beta(lifted) ** 2)
+        return network((c_in * x).astype(x.dtype), t if time is None else time(t))
+
+    return scaled
+
+
+def c_noise(path, t) -> chex.ArrayDevice:
+    """EDM's noise level for a network, log(beta_t / alpha_t) / 4    (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      t: times with alpha_t > 0 and beta_t > 0, any shape.
+    Returns:
+      Numbers like t.
+    Raises:
+      ValueError: if it is infinite at a known time.
+    """
+    checks.path(path)
+    known = not isinstance(t, Tracer)
+    t = jnp.asarray(t, jnp.result_type(float, t))
+    with jax.ensure_compile_time_eval():
+        level = (jnp.log(path.beta(t)) - jnp.log(path.alpha(t))) / 4
+    if known and not isinstance(level, Tracer) and not np.isfinite(np.asarray(level)).all():
+        raise ValueError(
+            f"log(beta / alpha) is infinite on {path} at one of t = {np.asarray(t)}: let the grid start later and evaluate nothing at "
+            "data, as times.karras and sampling.edm_heun do, or let the network see t itself."
+        )
+    return level
 
 
 def _unit(a, b):
@@ -116,7 +199,7 @@ def _check_known(path, t, source, target):
         return
     if infinite.any():
         name, other = (getattr(each, "__name__", str(each)).strip("<>") for each in (source, target))
-        at = t.reshape(-1)[int(np.flatnonzero(infinite)[0])]
+        at = t.reshape(-1)[int(np.nonzero(infinite.reshape(t.size, -1))[0][0])]
         raise ValueError(
             f"On {path} the {other} does not follow from the {name} at t = {at:g}, where it would be infinite: let the grid start later or "
             "end earlier, as times.uniform_grid(20, start=1e-3, end=0.999) does, or evaluate nothing there: last=sampling.euler for a last "
@@ -142,8 +225,11 @@ def convert(path, value, x, t, *, source, target) -> chex.ArrayDevice:
       TypeError: if an array is not of floats.
       ValueError: if the shapes differ, t is neither one time nor one per example, or a known t is one at which the target does not follow.
     """
-    checks.path(path)
+    paths.fits(path, x)
     _check_targets(source, target)
+    if (layout := states.layout(x)) is not None:
+        value = layout.flatten("value", value)
+        return layout.unflatten(convert(path, value, layout.flatten("x", x), t, source=source, target=target), like=x)
     value, x = checks.floats("value", value), checks.floats("x", x)
     checks.like("value", value, x)
     lifted = paths.lift(checks.on_path(t), x)
@@ -169,6 +255,9 @@ def convert_field(path, field, *, source, target) -> Field:
     _check_targets(source, target)
 
     def converted(x, t):
+        if (layout := states.layout(x)) is not None:
+            flat = convert_field(path, layout.field(field), source=source, target=target)(layout.flatten("x", x), t)
+            return layout.unflatten(flat, like=x)
         checks.times(checks.on_path(t), checks.floats("x", x))
         return convert(path, field(x, t), x, t, source=source, target=target)
 
@@ -192,10 +281,14 @@ def change_path(field, *, source, target) -> Field:
     """
 
     checks.function("field", field, checks.FIELD)
-    checks.path(source)
-    checks.path(target)
+    for path in (source, target):
+        checks.path(path)
+        if isinstance(path, paths.Joint):
+            raise TypeError("A joint path has no one time for a noise level: change the path of one leaf, or train on the other path.")
 
     def changed(x, t):
+        if (layout := states.layout(x)) is not None:
+            return layout.unflatten(change_path(layout.field(field), source=source, target=target)(layout.flatten("x", x), t), like=x)
         known, t = not isinstance(t, Tracer), paths.lift(checks.on_path(t), x)
         # A time that is known stays so, for the field's own check and the conversion's.
         with jax.ensure_compile_time_eval():

@@ -84,6 +84,28 @@ def logit_normal(key, n, mean=0.0, std=1.0) -> chex.ArrayDevice:
     return jnp.clip(t, jnp.finfo(t.dtype).tiny, 1 - jnp.finfo(t.dtype).epsneg)
 
 
+def log_normal(key, n, path, mean=-1.2, std=1.2) -> chex.ArrayDevice:
+    """n times at which the logarithm of the noise level beta / alpha is normal, EDM's density for training.
+
+    log(beta_t / alpha_t) ~ N(mean, std^2)        (Karras et al. 2022, arXiv:2206.00364, table 1, P_mean and P_std)
+
+    Args:
+      key: a typed key.
+      n: how many.
+      path: anything with `alpha(t)` and `beta(t)`.
+      mean: of the logarithm; -0.4 in EDM2.
+      std: of the logarithm; 1.0 in EDM2.
+    Returns:
+      Times, (n,), float32, the nearer end where the path does not reach a noise level.
+    """
+    _check_draw(key, n)
+    checks.path(path)
+    checks.number("mean", mean, "the mean of the logarithm of the noise level")
+    checks.number("std", std, "the standard deviation of the logarithm", least=0)
+    # With alpha / (alpha + beta) = 1 / (1 + beta / alpha) its logit is minus the logarithm.
+    return paths.time_from_signal_fraction(path, logit_normal(key, n, -mean, std))
+
+
 def _check_steps(steps, least):
     """Raises unless steps is a whole number, at least so many."""
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < least:

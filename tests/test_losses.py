@@ -132,3 +132,149 @@ def test_bad_input_is_named():
         losses.denoising(same, path, x, jnp.zeros((4, 3), int), 0.5, target=targets.noise)
     with pytest.raises(TypeError, match="target"):
         losses.denoising(same, path, x, x, 0.5)
+
+
+# Weights and masks.
+
+
+def test_weights_multiply_squared_errors(key, x64):
+    x_0, x_1, t = draws(key)
+    path = paths.Linear()
+    x_t, u = paths.flow(path, x_0, x_1, t)
+    square, weight = (guess(x_t, t) - u) ** 2, jax.random.uniform(jax.random.key(1), x_1.shape)
+    of = lambda **options: losses.flow_matching(guess, path, x_0, x_1, t, **options)
+    np.testing.assert_allclose(of(weight=weight), (weight * square).mean((1, 2, 3)), rtol=1e-10)
+    np.testing.assert_allclose(of(weight=weight[:, :1, :1]), (weight[:, :1, :1] * square).mean((1, 2, 3)), rtol=1e-10)
+    np.testing.assert_allclose(of(weight=t), t * square.mean((1, 2, 3)), rtol=1e-10)
+    np.testing.assert_allclose(of(weight=2.0), 2 * of(), rtol=1e-10)
+    mask = weight > 0.3
+    expected = (mask * weight * square).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+    # The data are 0 behind the mask, so the network sees other states there.
+    hidden = losses.regression(guess, x_t, t, u, weight=weight, mask=mask)
+    np.testing.assert_allclose(hidden, expected, rtol=1e-10)
+
+
+def test_leaves_have_weights_of_their_own(key, x64):
+    x_0, x_1 = ({"a": jax.random.normal(k, (5, 2, 3)), "b": jax.random.normal(k, (5, 1))} for k in jax.random.split(key))
+    t, path = jnp.linspace(0.1, 0.9, 5), paths.joint({"a": paths.Linear(), "b": paths.Cosine()}, x_1)
+    x_t, u = paths.flow(path, x_0, x_1, t)
+    same = lambda x, t: x
+    squares = {name: ((x_t[name] - u[name]) ** 2).reshape(5, -1) for name in x_t}
+    of = lambda **options: losses.flow_matching(same, path, x_0, x_1, t, **options)
+    np.testing.assert_allclose(of(), (squares["a"].sum(1) + squares["b"].sum(1)) / 7, rtol=1e-10)
+    weighted = (squares["a"].sum(1) + 10 * squares["b"].sum(1)) / 7
+    np.testing.assert_allclose(of(weight={"a": 1.0, "b": 10.0}), weighted, rtol=1e-10)
+    counts = {"a": jnp.ones((5, 2, 3), bool).at[:, 1].set(False), "b": jnp.array([True, True, False, True, True])}
+    of_a = ((x_t["a"] - u["a"]) ** 2)[:, 0].sum(1)
+    expected = (of_a + jnp.where(counts["b"], squares["b"][:, 0], 0)) / (3 + counts["b"])
+    np.testing.assert_allclose(losses.regression(same, x_t, t, u, mask=counts), expected, rtol=1e-10)
+    with pytest.raises(ValueError, match=r"weight is .*, but it is one number, one per example, or a pytree like the state, \{'a'"):
+        of(weight={"a": 1.0})
+
+
+def nan_behind(mask, x):
+    return jnp.where(mask, x, jnp.nan)
+
+
+@pytest.mark.parametrize("masked", ["coordinates", "examples"])
+def test_nan_behind_a_mask_does_not_matter(masked, key):
+    """In no value and no gradient, whatever the loss and the network, which sees data of 0 there."""
+    x_0, x_1, t = draws(key, (6, 5))
+    mask = jax.random.bernoulli(jax.random.key(3), 0.6, x_1.shape) if masked == "coordinates" else jnp.arange(6) < 4
+    full = jnp.broadcast_to(mask.reshape(6, -1), x_1.shape)
+    params = {"w": jax.random.normal(jax.random.key(4), (5, 5)), "b": jnp.ones(5)}
+
+    def total(params, x_1):
+        field = lambda x, t: jnp.tanh(x @ params["w"]) + params["b"][None]
+        each = [losses.flow_matching(field, paths.Cosine(), x_0, x_1, t, mask=mask)]
+        each += [losses.denoising(field, paths.Cosine(), x_0, x_1, t, target=target, mask=mask) for target in (targets.noise, targets.v)]
+        return losses.pseudo_huber(sum(each), 0.1).sum()
+
+    clean, dirty = (jax.value_and_grad(total)(params, x) for x in (jnp.where(full, x_1, 7.0), nan_behind(full, x_1)))
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dirty))
+    into_data = jax.grad(total, 1)(params, nan_behind(full, x_1))
+    np.testing.assert_array_equal(np.asarray(into_data)[~np.asarray(full)], 0)
+    if masked == "examples":
+        each = losses.flow_matching(lambda x, t: x, paths.Linear(), x_0, nan_behind(full, x_1), t, mask=mask)
+        alone = losses.flow_matching(lambda x, t: x, paths.Linear(), x_0[:4], x_1[:4], t[:4])
+        np.testing.assert_allclose(losses.masked_mean(each, mask), alone.mean(), rtol=1e-6)
+        np.testing.assert_array_equal(each[4:], 0)
+
+
+def test_a_masked_mean_counts_what_is_there():
+    values, mask = jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True])
+    assert losses.masked_mean(values, mask) == 2
+    np.testing.assert_array_equal(jax.grad(losses.masked_mean)(values, mask), [0.5, 0, 0.5])
+    assert jnp.isnan(losses.masked_mean(values, jnp.zeros(3, bool)))
+    with pytest.raises(TypeError, match=r"mask has dtype float32, but it is True for what counts"):
+        losses.masked_mean(values, jnp.ones(3))
+    with pytest.raises(TypeError, match=r"mask has dtype int32, but it is True for what counts: give numbers as `weight`"):
+        losses.regression(lambda x, t: x, jnp.ones((3, 2)), 0.5, jnp.ones((3, 2)), mask=jnp.ones((3, 2), jnp.int32))
+
+
+def test_pseudo_huber_is_the_papers(x64):
+    """sqrt(|x - y|^2 + c^2) - c with c = 0.00054 sqrt(d), over sqrt(d); of large errors their size, of small ones their square."""
+    x, y = jax.random.normal(jax.random.key(0), (2, 4, 30))
+    c = 0.00054 * np.sqrt(30)
+    theirs = (np.sqrt(((x - y) ** 2).sum(1) + c**2) - c) / np.sqrt(30)
+    np.testing.assert_allclose(losses.pseudo_huber(((x - y) ** 2).mean(1), 0.00054), theirs, rtol=1e-10)
+    np.testing.assert_allclose(losses.pseudo_huber(jnp.array(1e-12), 1e-2), 1e-12 / 2e-2, rtol=1e-6)
+    assert jax.grad(losses.pseudo_huber)(0.0, 0.1) == pytest.approx(5.0)
+    with pytest.raises(ValueError, match="c is 0"):
+        losses.pseudo_huber(x, 0.0)
+
+
+def test_learnt_uncertainty_is_least_at_the_log_of_the_loss(x64):
+    loss = jnp.array([0.1, 1.0, 7.0])
+    u = jnp.log(loss)
+    np.testing.assert_allclose(jax.grad(lambda u: losses.learnt_uncertainty(loss, u).sum())(u), 0, atol=1e-12)
+    np.testing.assert_allclose(losses.learnt_uncertainty(loss, u), 1 + u)
+
+
+# Weightings in time, against their formulas in the log signal-to-noise ratio, written anew.
+
+
+def log_snr(path, t):
+    return 2 * (jnp.log(path.alpha(t)) - jnp.log(path.beta(t)))
+
+
+FORMULAS = {
+    "min_snr": (losses.min_snr, lambda path, t: jnp.minimum(jnp.exp(log_snr(path, t)), 5.0)),
+    "edm": (losses.edm_weighting, lambda path, t: (jnp.exp(-log_snr(path, t)) + 0.25) / (jnp.exp(-log_snr(path, t)) * 0.25)),
+    "sigmoid": (
+        lambda path, t, **options: losses.sigmoid_weighting(path, t, bias=-3.0, **options),
+        # Of the noise's error, which is the data's times alpha / beta.
+        lambda path, t: (
+            jax.vmap(jax.grad(lambda t: log_snr(path, t)))(t) / 2 * jax.nn.sigmoid(-3.0 - log_snr(path, t)) * jnp.exp(log_snr(path, t))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("weighting", FORMULAS)
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_weightings_are_their_formulas(path, weighting, x64):
+    """On the data's error, and on every other target's, where the loss of one network is the same, whatever it predicts."""
+    ours, formula = FORMULAS[weighting]
+    t = jnp.linspace(0.05, 0.95, 7)
+    weights = formula(path, t)
+    np.testing.assert_allclose(ours(path, t, target=targets.data), weights, rtol=1e-9)
+    for target in TARGETS:
+        expected = weights * targets.weight(path, t, source=target, target=targets.data)
+        np.testing.assert_allclose(ours(path, t, target=target), expected, rtol=1e-8, err_msg=name(target))
+    if path in PATHS[:2]:
+        # Of the velocity they are finite from noise to data, also in the float that a uniform draw may give.
+        assert jnp.isfinite(ours(path, jnp.array([0.0, 1e-7, 0.5, 1 - 1e-7, 1.0], jnp.float32))).all()
+
+
+def test_edm_weighting_of_its_own_target_is_one(x64):
+    for path in PATHS:
+        np.testing.assert_allclose(losses.edm_weighting(path, jnp.linspace(0.05, 0.95, 9), target=targets.edm(0.5)), 1, rtol=1e-9)
+
+
+def test_joint_paths_have_no_one_noise_level():
+    path = paths.joint(paths.Linear(), {"a": jnp.ones((2, 3))})
+    for weighting in (losses.min_snr, losses.edm_weighting, losses.sigmoid_weighting):
+        with pytest.raises(TypeError, match="weight each leaf by the weighting of its own path"):
+            weighting(path, 0.5)

@@ -1,5 +1,6 @@
 """Targets: every pair converts there and back, by the notes' formulas, up to the ends of the path."""
 
+import dataclasses
 import functools
 
 import jax
@@ -222,3 +223,68 @@ def test_a_changed_path_from_predicted_noise_in_half_precision(key):
     changed = targets.change_path(learned, source=source, target=target)
     np.testing.assert_allclose(changed(x, 0.5), marginals.velocity(target, data)(x, 0.5), rtol=1e-3, atol=1e-4)
     assert changed(x.astype(jnp.bfloat16), 0.5).dtype == jnp.bfloat16
+
+
+# EDM's preconditioning, against its table 1 written anew.
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM:
+    """x = x_1 + sigma x_0 with sigma from 80 to 0.002 in EDM's own time, as a path."""
+
+    def alpha(self, t):
+        return jnp.ones_like(t)
+
+    def beta(self, t):
+        return (80.0 ** (1 / 7) + t * (0.002 ** (1 / 7) - 80.0 ** (1 / 7))) ** 7
+
+
+def test_edm_target_and_scaling_are_edms_own(key, x64):
+    """D = c_skip x + c_out F(c_in x; c_noise), and the loss lambda |D - x_1|^2 is that of F."""
+    path, sigma_data = EDM(), 0.5
+    t = jnp.linspace(0.0, 1.0, 9)
+    sigma = path.beta(t)[:, None]
+    x_1, x_0 = sigma_data * jax.random.normal(key, (9, 4)), jax.random.normal(jax.random.key(1), (9, 4))
+    x = x_1 + sigma * x_0
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * sigma_data / jnp.sqrt(sigma**2 + sigma_data**2)
+    c_in, c_noise = 1 / jnp.sqrt(sigma**2 + sigma_data**2), jnp.log(sigma) / 4
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+    def network(x, noise):
+        return jnp.sin(x + paths.lift(noise, x))
+
+    expected = c_skip * x + c_out * network(c_in * x, c_noise[:, 0])
+    field = targets.scale_input(path, network, sigma_data, time=lambda t: targets.c_noise(path, t))
+    found = targets.convert(path, field(x, t), x, t, source=targets.edm(sigma_data), target=targets.data)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    ours = losses.denoising(field, path, x_0, x_1, t, target=targets.edm(sigma_data))
+    np.testing.assert_allclose(ours, (weight * (expected - x_1) ** 2).mean(1), rtol=1e-8)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_edm_target_has_unit_variance_and_says_nothing_of_the_state(path, x64):
+    t = jnp.linspace(0.05, 0.95, 7)
+    for sigma_data in (0.5, 1.0, 3.0):
+        a, b = targets.edm(sigma_data)(path, t)
+        alpha, beta = path.alpha(t), path.beta(t)
+        np.testing.assert_allclose(a**2 * sigma_data**2 + b**2, 1, rtol=1e-9)
+        np.testing.assert_allclose(a * alpha * sigma_data**2 + b * beta, 0, atol=1e-9)
+        seen = targets.scale_input(path, lambda x, t: x, sigma_data)(jnp.ones((7, 3)), t)
+        np.testing.assert_allclose(seen[:, 0] ** 2 * (alpha**2 * sigma_data**2 + beta**2), 1, rtol=1e-6)
+    if path in (paths.Cosine(), paths.VariancePreserving()):
+        np.testing.assert_allclose(targets.edm(1.0)(path, t), -np.asarray(targets.v(path, t)), rtol=1e-6)
+
+
+def test_c_noise_is_finite_or_says_so():
+    np.testing.assert_allclose(targets.c_noise(paths.Linear(), 0.25), np.log(3) / 4, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"log\(beta / alpha\) is infinite on Linear\(\) at one of t = 0"):
+        targets.c_noise(paths.Linear(), 0.0)
+    with pytest.raises(ValueError, match="let the network see t itself"):
+        targets.c_noise(paths.Linear(), jnp.array([0.5, 1.0]))
+
+
+def test_a_joint_path_does_not_change():
+    path = paths.joint(paths.Linear(), {"a": jnp.ones((2, 3))})
+    with pytest.raises(TypeError, match="no one time for a noise level"):
+        targets.change_path(lambda x, t: x, source=path, target=paths.Cosine())

@@ -27,7 +27,7 @@ def test_densities(draw, distribution, key):
     assert t.shape == (20_000,)
     assert ((t >= 0) & (t < 1)).all()
     assert scipy.stats.kstest(t, distribution).pvalue > 1e-3
-    assert abs(np.corrcoef(t[:-1], t[1:])[0, 1]) < 4 / np.sqrt(20_000)
+    assert abs(np.corrcoef(t[:-1], t[1:])[0, 1]) < 4 / np.sqrt(4_000)
 
 
 @given(n=st.sampled_from([1, 2, 7, 100, 257]), seed=st.integers(0, 1000))
@@ -173,3 +173,13 @@ def test_logit_normal_times_lie_inside():
 def test_numbers_that_make_no_grid_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("path", [paths.Linear(), paths.Cosine(), paths.VariancePreserving(0.1, 30.0)], ids=repr)
+def test_log_normal_is_edms_density(path, key):
+    """Of ln sigma = ln(beta / alpha), N(-1.2, 1.2^2)."""
+    t = times.log_normal(key, 4_000, path)
+    level = np.log(np.asarray(path.beta(t)) / np.asarray(path.alpha(t)))
+    assert abs(level.mean() + 1.2) < 4 * 1.2 / np.sqrt(4_000)
+    assert abs(level.std() - 1.2) < 4 * 1.2 / np.sqrt(8_000)
+    assert abs(np.mean(level < 0) - 0.8413) < 0.025

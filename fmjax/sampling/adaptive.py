@@ -5,21 +5,21 @@ those of one example, so that a sample does not depend on its batch mates, or th
 """
 
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fmjax import checks
+from fmjax import checks, states
 from fmjax.sampling.checks import check_ends
 
 
 class AdaptiveSolution(NamedTuple):
     """Where a flow arrived, and what it took."""
 
-    x: jax.Array
+    x: Any
     """The end of each trajectory, like x_0; NaN where the steps ran out."""
     steps: jax.Array
     """Accepted or not, of each example, (B,), or of the batch, (). One costs six evaluations with the default solver."""
@@ -28,7 +28,7 @@ class AdaptiveSolution(NamedTuple):
 
 
 def sample_ode_adaptive(
-    field, x_0, *, start=0.0, end=1.0, rtol=1e-4, atol=1e-4, solver=None, per_example=True, max_steps=1000
+    field, x_0, *, start=0.0, end=1.0, rtol=1e-4, atol=1e-4, solver=None, per_example=True, max_steps=1000, adjoint=None
 ) -> AdaptiveSolution:
     """Follows a field in steps whose error a pair of Runge-Kutta methods estimates.
 
@@ -36,7 +36,7 @@ def sample_ode_adaptive(
 
     Args:
       field: (x, t) -> like x; t is a scalar here.
-      x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
+      x_0: where to start, (B, ...), any float dtype, or a pytree of such arrays; the state is float32 or wider.
       start: the first time.
       end: the last time; before `start` to go back, from data to noise.
       rtol: relative tolerance; float32 allows 1e-6 at the least.
@@ -44,6 +44,8 @@ def sample_ode_adaptive(
       solver: one of diffrax's with an error estimate; None for `diffrax.Tsit5()`, another is `diffrax.Dopri5()`.
       per_example: whether each example has steps of its own, where no example may depend on another in `field`; or the batch has them.
       max_steps: how many at most, accepted or not.
+      adjoint: one of diffrax's ways to differentiate: None for `diffrax.RecursiveCheckpointAdjoint()`, backwards alone;
+        `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()` for forwards, as a Jacobian's product needs.
     Returns:
       An `AdaptiveSolution`.
     Raises:
@@ -56,6 +58,11 @@ def sample_ode_adaptive(
         diffrax = importlib.import_module("diffrax")
     except ModuleNotFoundError:
         raise ModuleNotFoundError('Adaptive steps are by diffrax, which is not installed: pip install "fmjax[adaptive]".') from None
+    if (layout := states.layout(x_0)) is not None:
+        options = {"start": start, "end": end, "rtol": rtol, "atol": atol, "solver": solver, "per_example": per_example}
+        options |= {"max_steps": max_steps, "adjoint": adjoint}
+        solution = sample_ode_adaptive(layout.field(field), layout.flatten("x_0", x_0), **options)
+        return solution._replace(x=layout.unflatten(solution.x, like=x_0))
     x_0 = checks.batch("x_0", x_0)
     for name, value in (("start", start), ("end", end)):
         checks.number(name, value, "a time")
@@ -81,6 +88,7 @@ def sample_ode_adaptive(
             y0=x,
             stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
             max_steps=max_steps,
+            adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
             throw=False,
         )
         arrived = solution.result == diffrax.RESULTS.successful

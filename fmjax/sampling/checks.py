@@ -132,10 +132,11 @@ def check_sigma(sigma, times) -> None:
         value = jax.vmap(sigma)(inner)
     if isinstance(value, Tracer):
         return
-    wrong = np.flatnonzero(~((np.asarray(value) >= 0) & (np.asarray(value) < np.inf)))
+    value = np.asarray(value).reshape(len(inner), -1)
+    wrong, which = np.nonzero(~((value >= 0) & (value < np.inf)))
     if wrong.size:
         raise ValueError(
-            f"sigma is {np.asarray(value)[wrong[0]]} at t = {inner[wrong[0]]:g}, but it is finite and at least 0 on all of the grid."
+            f"sigma is {value[wrong[0], which[0]]} at t = {inner[wrong[0]]:g}, but it is finite and at least 0 on all of the grid."
         )
 
 
@@ -145,7 +146,7 @@ def check_drift(drift, sigma, x_0, times, ends) -> None:
     for end in () if isinstance(times, Tracer) else ends:
         with jax.ensure_compile_time_eval():
             value = sigma(np.asarray(times)[end])
-        if not isinstance(value, Tracer) and not np.isfinite(value):
+        if not isinstance(value, Tracer) and not np.isfinite(value).all():
             raise ValueError(
                 f"sigma is {value} at t = {np.asarray(times)[end]:g}, where the step evaluates it: let the grid start later or end "
                 "earlier, or take a step that knows the path, such as sampling.ancestral."
@@ -169,6 +170,10 @@ def check_domain(path, times) -> None:
             alpha, beta = path.alpha(t), path.beta(t)
             return jnp.nan_to_num(jnp.abs(alpha * b - beta * a) / (alpha + beta))
 
+    if isinstance(path, paths.Joint):
+        for part in path.parts:
+            check_domain(part, times)
+        return
     _check_rises(path, times)
     first = np.asarray(times)[0]
     found = says(first)
@@ -227,7 +232,9 @@ def coefficient(sigma: Any) -> Callable[[Any], Any]:
 
     def checked(value, t):
         value = jnp.asarray(value)
-        if value.shape not in ((), jnp.shape(t)):
+        # Of a joint path each coordinate has its own.
+        joint = value.ndim == 2 and value.shape[0] == (jnp.shape(t)[0] if jnp.ndim(t) else 1)
+        if value.shape not in ((), jnp.shape(t)) and not joint:
             raise ValueError(
                 f"sigma has shape {value.shape}, but it is one number for the whole batch, or a function of t that gives one for each time."
             )

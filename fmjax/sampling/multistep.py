@@ -27,6 +27,7 @@ from fmjax.sampling.reparametrisation import (
     enter,
     leave,
     linear_time,
+    per_coordinate,
     position,
     push,
     size,
@@ -121,7 +122,7 @@ class _History(NamedTuple):
     slope: jax.Array | None
     """dz/dc where it began."""
     nodes: Position
-    """Where the values are, (length,)."""
+    """Where the values are, (length,), or (length, 1, D) along a joint path."""
     values: jax.Array
     """y there, (length, B, ...)."""
 
@@ -149,8 +150,11 @@ def _multistep(path, held, order, *, corrector=False, start=None, variable=linea
     # Of two steps at once, which is half of the program.
     @jax.vmap
     def weights(nodes, known, begin, end):
-        step = elapsed(begin, end)
-        return basis_weights(variable, nodes, known, begin, end, lambda r, share: step * (1 - share) * held.q(r))
+        def of(nodes, begin, end):
+            step = elapsed(begin, end)
+            return basis_weights(variable, nodes, known, begin, end, lambda r, share: step * (1 - share) * held.q(r))
+
+        return per_coordinate(of)(nodes, begin, end)
 
     def weigh(history, corrects, last, now, here, there):
         """The weights of the correction and of the prediction."""
@@ -186,10 +190,10 @@ def _multistep(path, held, order, *, corrector=False, start=None, variable=linea
         check_steps(order, times)
         if held is not _SLOPE:
             check_domain(path, times)
-        past, nodes = jnp.zeros_like(x) if length else None, jnp.full(length, 0.5, times.dtype)
+        past, nodes = jnp.zeros_like(x) if length else None, jnp.full((length, *jnp.shape(path.beta(times[0]))), 0.5, times.dtype)
         return _History(jnp.zeros((), int), past, past, Position(nodes, nodes), jnp.zeros((length, *x.shape), x.dtype))
 
-    return Multistep(init, step)
+    return Multistep(init, step, None if held is _SLOPE else path)
 
 
 def _both(*positions):

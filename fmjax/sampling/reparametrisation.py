@@ -9,6 +9,7 @@ in c alone, two times near data, or near noise in (1 - c)^2, may be one float.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -85,6 +86,28 @@ def leave(path, x, z, moved, t, dt) -> chex.ArrayDevice:
     return x + ((after - before) * z + after * moved)
 
 
+def anywhere(condition) -> chex.ArrayDevice:
+    """Whether a condition holds for a coordinate of a joint path, or as it is for one path."""
+    return condition.any() if jnp.ndim(condition) else condition
+
+
+def where_known(condition, value, other) -> chex.ArrayDevice:
+    """The value at the coordinates of a joint path where a condition holds, inside a branch that one path takes where it does."""
+    return jnp.where(condition, value, other) if jnp.ndim(condition) else value
+
+
+def per_coordinate(weights) -> Callable:
+    """Weights, (n,), of positions that may be of each coordinate of a joint path, (..., 1, D): (n, 1, D) then."""
+
+    def mapped(nodes, *positions):
+        if jax.tree.leaves(nodes)[0].ndim == 1:
+            return weights(nodes, *positions)
+        squeezed = jax.tree.map(lambda a: a[..., 0, :], (nodes, *positions))
+        return jax.vmap(weights, -1, -1)(*squeezed)[..., None, :]
+
+    return mapped
+
+
 def size(path, t) -> chex.ArrayDevice:
     """alpha + beta, by which x is larger than z."""
     return path.alpha(t) + path.beta(t)
@@ -135,8 +158,9 @@ def basis_weights(variable, nodes, known, start, end, kernel) -> chex.ArrayDevic
 
 
 def combine(weights, values) -> chex.ArrayDevice:
-    """sum_j w_j values_j."""
-    return jnp.tensordot(weights.astype(values.dtype), values, 1)
+    """sum_j w_j values_j; the weights may be of each coordinate, (n, 1, D)."""
+    weights = weights.astype(values.dtype)
+    return jnp.tensordot(weights, values, 1) if weights.ndim == 1 else (weights * values).sum(0)
 
 
 def push(value, values, length) -> Any:
@@ -189,7 +213,8 @@ def edm_heun(path) -> PathStep:
             change = -gone * size(path, t) * size(path, s) / path.alpha(t)
             return end + change / 2 * (noise(field(end, s), end, s) - noise(u, x, t))
 
-        return lax.cond((path.beta(s) > 0) & (path.alpha(t) > 0), corrected, lambda: end)
+        known = (path.beta(s) > 0) & (path.alpha(t) > 0)
+        return lax.cond(anywhere(known), lambda: where_known(known, corrected(), end), lambda: end)
 
     return PathStep(path, step)
 
@@ -217,6 +242,7 @@ def path_heun(path) -> PathStep:
         def corrected():
             return leave(path, x, z, gone / 2 * (slope + enter(path, field, end, s)[1]), t, dt)
 
-        return lax.cond(there.noise > 0, corrected, lambda: end)
+        known = there.noise > 0
+        return lax.cond(anywhere(known), lambda: where_known(known, corrected(), end), lambda: end)
 
     return PathStep(path, step)

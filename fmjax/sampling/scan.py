@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import checks
+from fmjax import checks, paths, states
 from fmjax.paths import Field
 from fmjax.sampling.checks import (
     FLOW,
@@ -85,10 +85,10 @@ def sample_ode(
 
     Args:
       field: (x, t) -> like x; t is a scalar here.
-      x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
+      x_0: where to start, (B, ...), any float dtype, or a pytree of such arrays; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
-      step: one step, `(field, x, t, dt) -> x`: `heun`, the default, of two evaluations, the second at t + dt; `euler`, `midpoint`, `rk4`,
-        or yours; or a `Multistep`.
+      step: one step, `(field, x, t, dt) -> x`, to which a pytree is one array (B, D): `heun`, the default, of two evaluations, the
+        second at t + dt; `euler`, `midpoint`, `rk4`, or yours; or a `Multistep`.
       last: the last step where it is another one, as `step`: `euler` after `heun`, so that nothing is evaluated at the end.
       save: what to keep of every state, `(x, t) -> any pytree`; `lambda x, t: x` keeps the trajectory.
       save_every: keep only every so many states, a divisor of the number of steps without the last one.
@@ -102,6 +102,13 @@ def sample_ode(
     """
     check_step(step, FLOW, last)
     checks.function("field", field, checks.FIELD)
+    for each in (step, last):
+        if isinstance(each, PathStep | Multistep) and each.path is not None:
+            paths.fits(each.path, x_0)
+    if (layout := states.layout(x_0)) is not None:
+        field, flat, save = layout.field(field), layout.flatten("x_0", x_0), layout.of_state(save)
+        x_1, saved = sample_ode(field, flat, times, step=step, last=last, save=save, save_every=save_every)
+        return layout.unflatten(x_1, like=x_0), saved
     final = step if last is None else last
     x_0 = checks.batch("x_0", x_0)
     times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
@@ -134,7 +141,7 @@ def sample_sde(
       drift: (x, t) -> like x; t is a scalar here.
       sigma: the diffusion coefficient, a number or a function of t; at least 0.
       key: a typed key; or one per example, (B,), of which example i then depends on the i-th alone.
-      x_0: where to start, (B, ...), any float dtype; the state is float32 or wider.
+      x_0: where to start, (B, ...), any float dtype, or a pytree of such arrays; the state is float32 or wider.
       times: an increasing grid, (n + 1,).
       step: one step, `(drift, sigma, key, x, t, dt) -> x`: `euler_maruyama`, or yours; or a `Multistep`.
       last: the last step where it is another one, as `step`: `euler_maruyama_noiseless`, or yours.
@@ -155,6 +162,11 @@ def sample_sde(
                 "not the drift."
             )
     checks.function("drift", drift, "sampling.langevin(score, sigma)")
+    if (layout := states.layout(x_0)) is not None:
+        checks.function("drift", drift, "sampling.langevin(score, sigma)")
+        drift, flat, save = layout.field(drift), layout.flatten("x_0", x_0), layout.of_state(save)
+        x_1, saved = sample_sde(drift, sigma, key, flat, times, step=step, last=last, save=save, save_every=save_every)
+        return layout.unflatten(x_1, like=x_0), saved
     x_0, sigma = checks.batch("x_0", x_0), coefficient(sigma)
     times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
     drift = checks.like_state(drift)
@@ -201,6 +213,8 @@ def reverse(field, times) -> tuple[Field, chex.ArrayDevice]:
 
     def backwards(x, s):
         value = field(x, both - s)
+        if states.layout(x) is not None:
+            return jax.tree.map(jnp.negative, value)
         checks.like("The field's output", value, x)
         return -value
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fmjax import checks
+from fmjax import checks, states
 
 
 class Multistep(NamedTuple):
@@ -25,6 +25,8 @@ class Multistep(NamedTuple):
     """(x, times) -> state, any pytree of arrays."""
     step: Callable[..., Any]
     """(field, state, x, t, dt) -> (x, state); in `sample_sde` (drift, sigma, key, state, x, t, dt) -> (x, state)."""
+    path: Any = None
+    """The path that it knows, if any."""
 
 
 class DiffusionStep:
@@ -138,3 +140,22 @@ def noise(key, shape, dtype=jnp.float32) -> chex.ArrayDevice:
     # Of the generators only the default one draws the same under `vmap` as alone.
     over = jax.vmap if jax.random.key_impl(key) == "threefry2x32" else lambda draw: functools.partial(lax.map, draw)
     return over(lambda key: jax.random.normal(key, (size,), dtype))(key).reshape(shape)
+
+
+def noise_like(key, x) -> Any:
+    """`noise` like a state: of one array of its shape and dtype, of a pytree like each leaf.
+
+    Args:
+      key: a typed key; or one per example, (B,), of which example i then depends on the i-th alone.
+      x: data, (B, ...), any float dtype, or a pytree of such arrays, of which only shapes and dtypes are read.
+    Returns:
+      Noise like x.
+    Raises:
+      TypeError: if the key is not typed, or x is not of floats.
+      ValueError: if there is neither one key nor one per example.
+    """
+    if (layout := states.layout(x)) is None:
+        x = checks.floats("x", x)
+        return noise(key, x.shape, x.dtype)
+    flat = jax.eval_shape(functools.partial(layout.flatten, "x"), x)
+    return layout.unflatten(noise(key, flat.shape, flat.dtype), like=x)

@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import checks, paths, targets
+from fmjax import checks, paths, states, targets
 from fmjax.paths import Field
 from fmjax.sampling.checks import (
     SDE,
@@ -49,6 +49,7 @@ from fmjax.sampling.reparametrisation import (
     NODES,
     WEIGHTS,
     Position,
+    anywhere,
     basis_weights,
     combine,
     elapsed,
@@ -56,6 +57,7 @@ from fmjax.sampling.reparametrisation import (
     leave,
     noise_kept,
     path_heun,
+    per_coordinate,
     position,
     size,
     squared_noise,
@@ -81,6 +83,9 @@ def sde_extension(velocity_field, score_field, sigma) -> Field:
     sigma = coefficient(sigma)
 
     def drift(x, t):
+        if (layout := states.layout(x)) is not None:
+            flat = sde_extension(layout.field(velocity_field), layout.field(score_field), sigma)(layout.flatten("x", x), t)
+            return layout.unflatten(flat, like=x)
         velocity, score = velocity_field(x, t), score_field(x, t)
         checks.like("The velocity", velocity, x)
         checks.like("The score", score, x)
@@ -114,6 +119,9 @@ def sde_drift(path, velocity_field, sigma) -> Field:
     sigma = coefficient(sigma)
 
     def drift(x, t):
+        paths.fits(path, x)
+        if (layout := states.layout(x)) is not None:
+            return layout.unflatten(sde_drift(path, layout.field(velocity_field), sigma)(layout.flatten("x", x), t), like=x)
         checks.times(checks.on_path(t), checks.floats("x", x))
         u = velocity_field(x, t)
         score = targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)
@@ -133,7 +141,7 @@ def langevin(score_field, sigma) -> Field:
     Returns:
       A field, (x, t) -> like x, for `sample_sde` with the same sigma.
     """
-    return sde_extension(lambda x, t: jnp.zeros_like(x), score_field, sigma)
+    return sde_extension(lambda x, t: jax.tree.map(jnp.zeros_like, x), score_field, sigma)
 
 
 _RESOLVED = 0.5
@@ -144,9 +152,12 @@ def _renewal(path, sigma, t, dt):
     """log k of (5), the a of (6), and the noise that sigma asks for over what (5) may renew, at least 1."""
     here, there = position(path, t), position(path, t + dt)
     inner = t + dt * jnp.asarray(NODES, dt.dtype)
-    rates = (jax.vmap(sigma)(inner) / path.beta(inner)) ** 2
+    sigmas, betas = jax.vmap(sigma)(inner), jax.vmap(path.beta)(inner)
+    # Either may be of every coordinate of a joint path, (8, 1, D).
+    axes = max(sigmas.ndim, betas.ndim)
+    rates = (sigmas.reshape(*sigmas.shape, *(1,) * (axes - sigmas.ndim)) / betas.reshape(*betas.shape, *(1,) * (axes - betas.ndim))) ** 2
     # More than e^-100 of the noise never stays, and a sum without end would have no derivative.
-    tau = jnp.minimum(dt * (jnp.asarray(WEIGHTS, dt.dtype) * rates).sum(), 200)
+    tau = jnp.minimum(dt * (jnp.asarray(WEIGHTS, dt.dtype).reshape(-1, *(1,) * (rates.ndim - 1)) * rates).sum(0), 200)
     rho = noise_kept(here, there)
     between_ends = rho > 0
     log_rho = jnp.log(jnp.where(between_ends, rho, 1))
@@ -184,7 +195,7 @@ def ancestral(path, velocity, sigma, key, x, t, dt) -> chex.ArrayDevice:
 def _begin(path, x, times):
     check_steps(2, times)
     check_domain(path, times)
-    start = jnp.full(1, 0.5, times.dtype)
+    start = jnp.full((1, *jnp.shape(path.beta(times[0]))), 0.5, times.dtype)
     return jnp.zeros((), int), Position(start, start), jnp.zeros((1, *x.shape), x.dtype)
 
 
@@ -207,11 +218,16 @@ def sde_dpm_solver_pp(path, velocity, sigma, key, state, x, t, dt) -> tuple[chex
     log_rho = jnp.where(rho > 0, jnp.log(jnp.where(rho > 0, rho, 0.5)), -1)
     kappa = jnp.where(rho > 0, log_kept / log_rho, 0)
 
-    def kernel(r, share):
+    def kernel(there, kappa, r, share):
         rho_r = noise_kept(r, there)
         return there.data * (1 - jnp.where(rho_r > 0, jnp.exp((1 + kappa) * jnp.log(jnp.where(rho_r > 0, rho_r, 1))), 0))
 
-    weights = basis_weights(squared_noise, nodes, jnp.asarray([index > 0]), here, there, kernel) / asked
+    known = jnp.asarray([index > 0])
+
+    def line(nodes, here, there, kappa, asked):
+        return basis_weights(squared_noise, nodes, known, here, there, functools.partial(kernel, there, kappa)) / asked
+
+    weights = per_coordinate(line)(nodes, here, there, kappa, asked)
     moved = _renewed(z, slope, here, there, log_kept, excess, noise(key, x.shape, x.dtype))
     moved = moved + combine(weights, values - data[None])
     return leave(path, x, z, moved, t, dt), (index + 1, jax.tree.map(lambda a: a[None], here), data[None])
@@ -252,6 +268,13 @@ def churn(make_step=path_heun) -> DiffusionStep:
         larger = alpha + jnp.sqrt(beta**2 + added**2)
         # Without noise time does not go back, not by a rounding either.
         r = jnp.where(added > 0, jnp.minimum(paths.time_from_signal_fraction(path, jnp.maximum(alpha / larger, first)), t), t)
+        if jnp.ndim(r):
+            # The leaves of a joint path go back to one time, the latest of theirs, by the noise that each has more of there.
+            own, r = r, r.max()
+            alpha_r = path.alpha(r)
+            more = (alpha / jnp.where(alpha_r > 0, alpha_r, 1) * path.beta(r)) ** 2 - beta**2
+            added = jnp.where((own == r) | (alpha_r == 0), added, jnp.sqrt(jnp.maximum(more, 0)))
+            larger = alpha + jnp.sqrt(beta**2 + added**2)
         x_r = size(path, r) / larger * (x + added * noise(key, x.shape, x.dtype))
         return make_step(path)(velocity, x_r, r, t + dt - r)
 
@@ -296,7 +319,7 @@ def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1) -> Diffusion
             return x + path.beta(s) * (jnp.sqrt(lost * (2 - lost)) * fresh - lost * expected), None
 
         # At data there is nothing to correct, and a velocity may be infinite.
-        return lax.cond(path.beta(s) > 0, lambda x: lax.scan(correct, x, keys[1:])[0], lambda x: x, x)
+        return lax.cond(anywhere(path.beta(s) > 0), lambda x: lax.scan(correct, x, keys[1:])[0], lambda x: x, x)
 
     corrected.__name__ = "predictor_corrector"
     known = isinstance(step, DiffusionStep)
@@ -331,10 +354,10 @@ def _warn(path, sigma, times):
     with jax.ensure_compile_time_eval():
         noise_at = sigma(t)
         by = (s - t) * noise_at**2 / 2 * jnp.abs(targets.coefficients(path, t, source=targets.velocity, target=targets.score)[1])
-    if not isinstance(by, Tracer) and np.asarray(by) > _MOST:
+    if not isinstance(by, Tracer) and np.asarray(by).max() > _MOST:
         warnings.warn(
-            f"At t = {t:g} one step of the drift multiplies what the velocity has wrong by {float(by):.2g}, since sigma is "
-            f"{float(noise_at):.2g} where little noise is left. A learnt velocity asks for a step that knows the path, such as "
+            f"At t = {t:g} one step of the drift multiplies what the velocity has wrong by {np.asarray(by).max():.2g}, since sigma is "
+            f"{np.asarray(noise_at).max():.2g} where little noise is left. A learnt velocity asks for a step that knows the path, such as "
             "step=sampling.ancestral, or a sigma that falls with beta, such as sampling.sigma_beta(path).",
             stacklevel=3,
         )
@@ -373,8 +396,13 @@ def sample_diffusion(
         another shape than x, a known end of the grid is one at which the step would meet an infinite drift or sigma, a step that
         has a state needs more steps than there are, or `save_every` does not divide their number.
     """
-    checks.path(path)
+    paths.fits(path, x_0)
     checks.function("velocity", velocity, checks.FIELD)
+    if (layout := states.layout(x_0)) is not None:
+        velocity, flat, save = layout.field(velocity), layout.flatten("x_0", x_0), layout.of_state(save)
+        options = {"step": step, "last": last, "save": save, "save_every": save_every}
+        x_1, saved = sample_diffusion(path, velocity, sigma, key, flat, times, **options)
+        return layout.unflatten(x_1, like=x_0), saved
     x_0, sigma, velocity = checks.batch("x_0", x_0), coefficient(sigma), checks.like_state(velocity)
     times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
     check_range(times)

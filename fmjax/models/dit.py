@@ -1,7 +1,7 @@
 """The diffusion transformer with adaLN-Zero    (Peebles and Xie 2023, arXiv:2212.09748; MIT 6.S184, "Diffusion Transformers").
 
-An image becomes a sequence of patches; each block is attention and an MLP, whose normalisations are shifted and
-scaled, and whose outputs are gated, by the embedding c of the time and the label:
+An image, a signal or a volume becomes a sequence of patches; each block is attention and an MLP, whose normalisations are shifted
+and scaled, and whose outputs are gated, by the embedding c of the time and the label:
 
     h <- h + g_1 Attention(s_1 N(h) + b_1),   h <- h + g_2 MLP(s_2 N(h) + b_2),   (b, s - 1, g) = Dense(silu(c))
 
@@ -38,7 +38,7 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        side = (self.patch_size, self.patch_size)
+        side = (self.patch_size,) * (x.ndim - 2)
         first = self.bottleneck or self.hidden_size
         h = nn.Conv(first, side, side, "VALID", use_bias=not self.bottleneck, kernel_init=layers.as_matrix(_xavier), dtype=self.dtype)(x)
         h = h.reshape(x.shape[0], -1, first)
@@ -132,14 +132,15 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """A diffusion transformer for images of any size.
+    """A diffusion transformer for sequences, images and volumes of any size.
 
-    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, H, W, C) with H and W divisible
-    by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or (B, H, W, 2C) with
-    `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, T, C), (B, H, W, C) or (B, D, H, W, C) with
+    sides divisible by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or of twice
+    the channels with `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
     """
 
     patch_size: int = 2
+    """The side of a patch, along every axis."""
     hidden_size: int = 384
     depth: int = 12
     num_heads: int = 6
@@ -180,10 +181,10 @@ class DiT(nn.Module):
     def __call__(self, x, t, y=None, deterministic=True):
         self._check(x)
         layers.check_labels(self.num_classes, y, x)
-        batch, height, width, channels = x.shape
-        rows, columns = height // self.patch_size, width // self.patch_size
+        batch, *space, channels = x.shape
+        grid = [side // self.patch_size for side in space]
         h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(x)
-        h = h + layers.grid_positions(rows, columns, self.hidden_size).astype(self.dtype)
+        h = h + layers.grid_positions(*grid, self.hidden_size).astype(self.dtype)
 
         c = layers.TimeEmbedding(self.hidden_size, self.time_embedding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
         label = None
@@ -191,30 +192,33 @@ class DiT(nn.Module):
             label = layers.LabelEmbedding(self.num_classes, self.hidden_size, name="label")(y).astype(self.dtype)
             c = c + label
 
-        h = self._blocks(h, c, rows, columns, 0, range(self.context_start if self._tokens else self.depth), deterministic)
+        h = self._blocks(h, c, grid, 0, range(self.context_start if self._tokens else self.depth), deterministic)
         if self._tokens:
             if self.register_tokens:
                 h = ContextTokens(self.register_tokens, name="registers")(h)
             if self.class_tokens:
                 h = ContextTokens(self.class_tokens, name="class_tokens")(h, label)
-            h = self._blocks(h, c, rows, columns, self._tokens, range(self.context_start, self.depth), deterministic)
+            h = self._blocks(h, c, grid, self._tokens, range(self.context_start, self.depth), deterministic)
             h = h[:, self._tokens :]
 
         last_modulation = layers.Dense(2 * self.hidden_size, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
         shift, scale = jnp.split(last_modulation(nn.silu(c))[:, None], 2, axis=-1)
         h = _modulate(self.norm(name="last_norm")(h), shift, scale)
         channels = channels * (1 + self.learn_sigma)
-        h = layers.Dense(self.patch_size**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
-        h = h.reshape(batch, rows, columns, self.patch_size, self.patch_size, channels)
-        return h.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels).astype(x.dtype)
+        axes = len(space)
+        h = layers.Dense(self.patch_size**axes * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
+        h = h.reshape(batch, *grid, *(self.patch_size,) * axes, channels)
+        # Each axis of the grid beside that of its patches.
+        order = [axis for i in range(1, axes + 1) for axis in (i, axes + i)]
+        return h.transpose(0, *order, 2 * axes + 1).reshape(batch, *space, channels).astype(x.dtype)
 
     @property
     def _tokens(self):
         return self.register_tokens + self.class_tokens
 
-    def _blocks(self, h, c, rows, columns, tokens, indices, deterministic):
+    def _blocks(self, h, c, grid, tokens, indices, deterministic):
         """The blocks of those indices."""
-        angles = layers.rotary_angles(rows, columns, self.hidden_size // self.num_heads, tokens) if self.rotary else None
+        angles = layers.rotary_angles(*grid, self.hidden_size // self.num_heads, before=tokens) if self.rotary else None
         module = Block
         if self.remat or self.scan:
             # A loop keeps all that its backward pass reads, where the compiler computes much of it again in blocks one by one. So only
@@ -238,9 +242,10 @@ class DiT(nn.Module):
 
     def _check(self, x):
         layers.require_images(x)
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
+        space = x.shape[1:-1]
+        if any(side % self.patch_size for side in space):
             raise ValueError(
-                f"The image of {x.shape[1]} x {x.shape[2]} pixels does not divide into patches of {self.patch_size} x {self.patch_size}."
+                f"x of {layers.by(space)} positions does not divide into patches of {layers.by([self.patch_size] * len(space))}: pad it."
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of the number of heads, {self.num_heads}.")

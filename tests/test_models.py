@@ -411,6 +411,76 @@ def test_a_sequence_is_an_image_of_one_row(monkeypatch, name):
     np.testing.assert_allclose(jax.jit(lambda params: model.apply(params, x, T))(middle), image, rtol=1e-4, atol=1e-5)
 
 
+def modern(depth=2, **fields):
+    return NETWORKS["modern"].clone(depth=depth, time_embedding=layers.Sinusoids(4), **fields)
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """An image in the corner of a larger one with nan around it, its mask, parameters, and the network without the padding."""
+    model = modern()
+    params = random_parameters(model, X, T, Y)
+    mask = np.zeros((B, 10, 8), bool)
+    mask[:, :8, :6] = True
+    x = np.full((B, 10, 8, 2), np.nan, np.float32)
+    x[:, :8, :6] = X
+    return x, mask, params, jax.jit(model.apply)(params, X, T, Y)
+
+
+@pytest.mark.parametrize("patches", [False, True], ids=["positions", "patches"])
+def test_padding_changes_nothing(padded, patches):
+    """A network that attends, with rotary positions and tokens before the patches; the padding is nan, and its output 0."""
+    x, mask, params, expected = padded
+    given = mask[:, ::2, ::2] if patches else mask
+    model = modern()
+
+    def loss(params, x):
+        out = model.apply(params, x, T, Y, mask=given)
+        return (out**2).sum(), out
+
+    (grads, grad_x), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+    np.testing.assert_allclose(out[:, :8, :6], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.where(mask[..., None], 0, out), np.zeros_like(x))
+    assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+    assert np.abs(grad_x[:, :8, :6]).min() > 0
+    np.testing.assert_array_equal(np.where(mask[..., None], 0, grad_x), np.zeros_like(x))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_and_remat_take_masks(padded, remat):
+    x, mask, params, expected = padded
+    out = jax.jit(lambda params: modern(scan=True, remat=remat).apply(params, x, T, Y, mask=mask))(dit.stack(params, 1))
+    np.testing.assert_allclose(out[:, :8, :6], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_per_example():
+    """Sequences of 8, 5 and 0 positions: a patch counts if any of its positions does, and what does not count in it is 0."""
+    model = WITHOUT_CLASSES["dit"].clone(depth=1)
+    x = jax.random.normal(KEY, SEQUENCE)
+    params = random_parameters(model, x, T)
+    mask = np.arange(8)[None] < np.array([8, 5, 0])[:, None]
+    masked = jax.jit(lambda x, mask: model.apply(params, x, T, mask=mask))
+    out = masked(jnp.where(mask[..., None], x, jnp.nan), mask)
+    plain = jax.jit(lambda x: model.apply(params, x, T))
+    np.testing.assert_allclose(out[0], plain(x)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out[1, :5], plain(x.at[1, 5].set(0)[:, :6])[1, :5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.where(mask[..., None], 0, out), np.zeros(SEQUENCE))
+
+
+@pytest.mark.parametrize(
+    ("fields", "mask", "error", "message"),
+    [
+        ({}, np.ones((B, 8, 6)), TypeError, "mask has dtype float32, but it is of bools, .* mask > 0"),
+        ({}, np.ones((B, 8), bool), ValueError, r"mask has shape \(3, 8\), but .* it is \(3, 8, 6\), or one per patch, \(3, 4, 3\)"),
+        (dict(attention="cudnn"), np.ones((B, 8, 6), bool), ValueError, "attention is 'cudnn', which takes no mask"),
+    ],
+)
+def test_masks_that_are_none(fields, mask, error, message):
+    model = WITHOUT_CLASSES["dit"].clone(**fields)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: model.init(KEY, X, T, mask=mask))
+
+
 @pytest.mark.parametrize(("width", "heads"), [(10, 2), (12, 5), (6, 3)])
 def test_dit_widths(width, heads):
     with pytest.raises(ValueError, match=f"hidden_size {width} must be a multiple"):

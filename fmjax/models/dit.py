@@ -58,7 +58,10 @@ class ContextTokens(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, its softmax in float32, its queries and keys turned by angles where they are given."""
+    """Multi-head self-attention, its softmax in float32, its queries and keys turned by angles where they are given.
+
+    With a mask, (B, tokens), only to those tokens that it counts.
+    """
 
     num_heads: int
     norm: Callable | None = None
@@ -66,7 +69,7 @@ class Attention(nn.Module):
     implementation: Literal["xla", "cudnn"] = "xla"
 
     @nn.compact
-    def __call__(self, h, angles=None):
+    def __call__(self, h, angles=None, mask=None):
         batch, tokens, width = h.shape
         qkv = layers.Dense(3 * width, kernel_init=_xavier, dtype=self.dtype)(h)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads), 2, 0)
@@ -74,7 +77,8 @@ class Attention(nn.Module):
             q, k = self.norm(name="norm_q")(q), self.norm(name="norm_k")(k)
         if angles is not None:
             q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-        out = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        among = None if mask is None else mask[:, None, None]
+        out = jax.nn.dot_product_attention(q, k, v, mask=among, implementation=self.implementation)
         return layers.Dense(width, kernel_init=_xavier, dtype=self.dtype)(out.reshape(h.shape))
 
 
@@ -120,12 +124,12 @@ class Block(nn.Module):
     implementation: Literal["xla", "cudnn"] = "xla"
 
     @nn.compact
-    def __call__(self, h, c, angles=None, deterministic=True):
+    def __call__(self, h, c, angles=None, deterministic=True, mask=None):
         width = h.shape[-1]
         modulation = layers.Dense(6 * width, kernel_init=_zeros, dtype=self.dtype, name="modulation")(nn.silu(c))[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.qk_norm, self.dtype, self.implementation, name="attention")
-        m = attention(_modulate(self.norm(name="norm_1")(h), shift_1, scale_1), angles)
+        m = attention(_modulate(self.norm(name="norm_1")(h), shift_1, scale_1), angles, mask)
         h = h + gate_1 * nn.Dropout(self.dropout)(m, deterministic)
         m = self.mlp_layer(self.mlp_ratio, self.dtype, name="mlp")(_modulate(self.norm(name="norm_2")(h), shift_2, scale_2))
         return h + gate_2 * nn.Dropout(self.dropout)(m, deterministic)
@@ -137,6 +141,10 @@ class DiT(nn.Module):
     `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, T, C), (B, H, W, C) or (B, D, H, W, C) with
     sides divisible by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or of twice
     the channels with `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+
+    Examples of different sizes are padded to one size, and a mask says what counts: `model.apply(params, x, t, y, mask=mask)`, bool,
+    (B, *space), or one per patch. A patch counts if any of its positions does. What does not count is not attended to, its input does not
+    matter (it may be nan) and its output is 0; what counts has the output that it would have without the padding.
     """
 
     patch_size: int = 2
@@ -178,10 +186,14 @@ class DiT(nn.Module):
     products of its layers and computes the rest again."""
 
     @nn.compact
-    def __call__(self, x, t, y=None, deterministic=True):
+    def __call__(self, x, t, y=None, deterministic=True, mask=None):
         self._check(x)
         layers.check_labels(self.num_classes, y, x)
         batch, *space, channels = x.shape
+        counts = patch_mask = None
+        if mask is not None:
+            counts, patch_mask = self._masks(mask, x)
+            x = jnp.where(counts, x, 0)
         grid = [side // self.patch_size for side in space]
         h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(x)
         h = h + layers.grid_positions(*grid, self.hidden_size).astype(self.dtype)
@@ -192,13 +204,13 @@ class DiT(nn.Module):
             label = layers.LabelEmbedding(self.num_classes, self.hidden_size, name="label")(y).astype(self.dtype)
             c = c + label
 
-        h = self._blocks(h, c, grid, 0, range(self.context_start if self._tokens else self.depth), deterministic)
+        h = self._blocks(h, c, grid, 0, range(self.context_start if self._tokens else self.depth), deterministic, patch_mask)
         if self._tokens:
             if self.register_tokens:
                 h = ContextTokens(self.register_tokens, name="registers")(h)
             if self.class_tokens:
                 h = ContextTokens(self.class_tokens, name="class_tokens")(h, label)
-            h = self._blocks(h, c, grid, self._tokens, range(self.context_start, self.depth), deterministic)
+            h = self._blocks(h, c, grid, self._tokens, range(self.context_start, self.depth), deterministic, patch_mask)
             h = h[:, self._tokens :]
 
         last_modulation = layers.Dense(2 * self.hidden_size, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
@@ -210,14 +222,39 @@ class DiT(nn.Module):
         h = h.reshape(batch, *grid, *(self.patch_size,) * axes, channels)
         # Each axis of the grid beside that of its patches.
         order = [axis for i in range(1, axes + 1) for axis in (i, axes + i)]
-        return h.transpose(0, *order, 2 * axes + 1).reshape(batch, *space, channels).astype(x.dtype)
+        out = h.transpose(0, *order, 2 * axes + 1).reshape(batch, *space, channels).astype(x.dtype)
+        return out if mask is None else jnp.where(counts, out, 0)
 
     @property
     def _tokens(self):
         return self.register_tokens + self.class_tokens
 
-    def _blocks(self, h, c, grid, tokens, indices, deterministic):
-        """The blocks of those indices."""
+    def _masks(self, mask, x):
+        """Which positions count, shaped to multiply x, and which patches, (B, patches)."""
+        batch, *space = x.shape[:-1]
+        grid = [side // self.patch_size for side in space]
+        mask = jnp.asarray(mask)
+        if mask.dtype != bool:
+            raise TypeError(f"mask has dtype {mask.dtype}, but it is of bools, True for what counts: give mask > 0.")
+        if mask.shape not in ((batch, *space), (batch, *grid)):
+            raise ValueError(
+                f"mask has shape {mask.shape}, but for x of shape {x.shape} it is {(batch, *space)}, or one per patch, {(batch, *grid)}."
+            )
+        if self.attention == "cudnn":
+            raise ValueError("attention is 'cudnn', which takes no mask here: make the network with attention='xla'.")
+        if mask.shape == (batch, *space):
+            sides = [side for pair in zip(grid, [self.patch_size] * len(grid), strict=True) for side in pair]
+            patches = mask.reshape(batch, *sides).any(range(2, 2 * len(grid) + 1, 2))
+        else:
+            patches = mask
+            for axis in range(1, len(grid) + 1):
+                mask = mask.repeat(self.patch_size, axis=axis)
+        return mask[..., None], patches.reshape(batch, -1)
+
+    def _blocks(self, h, c, grid, tokens, indices, deterministic, mask):
+        """The blocks of those indices, whose tokens before the patches are beyond the mask."""
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (tokens, 0)), constant_values=True)
         angles = layers.rotary_angles(*grid, self.hidden_size // self.num_heads, before=tokens) if self.rotary else None
         module = Block
         if self.remat or self.scan:
@@ -229,10 +266,10 @@ class DiT(nn.Module):
         block = functools.partial(module, *fields)
         if not self.scan:
             for i in indices:
-                h = block(name=f"block_{i}")(h, c, angles, deterministic)
+                h = block(name=f"block_{i}")(h, c, angles, deterministic, mask)
         elif len(indices):
             layer = nn.scan(
-                lambda block, h, _: (block(h, c, angles, deterministic), None),
+                lambda block, h, _: (block(h, c, angles, deterministic, mask), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=len(indices),

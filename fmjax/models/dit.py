@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fmjax.models import layers
+from fmjax.models import conditions, layers
 
 _xavier = nn.initializers.xavier_uniform()
 _zeros = nn.initializers.zeros_init()
@@ -112,7 +112,7 @@ def _modulate(h, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each modulated and gated by c."""
+    """Attention and an MLP, each modulated and gated by c; between them attention to a context, tokens and a mask, if it is given."""
 
     num_heads: int
     mlp_ratio: float = 4.0
@@ -124,13 +124,16 @@ class Block(nn.Module):
     implementation: Literal["xla", "cudnn"] = "xla"
 
     @nn.compact
-    def __call__(self, h, c, angles=None, deterministic=True, mask=None):
+    def __call__(self, h, c, angles=None, deterministic=True, mask=None, context=None):
         width = h.shape[-1]
         modulation = layers.Dense(6 * width, kernel_init=_zeros, dtype=self.dtype, name="modulation")(nn.silu(c))[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.qk_norm, self.dtype, self.implementation, name="attention")
         m = attention(_modulate(self.norm(name="norm_1")(h), shift_1, scale_1), angles, mask)
         h = h + gate_1 * nn.Dropout(self.dropout)(m, deterministic)
+        if context is not None:
+            cross = layers.CrossAttention(self.num_heads, self.qk_norm, _xavier, self.dtype, name="cross_attention")
+            h = h + nn.Dropout(self.dropout)(cross(self.norm(name="norm_cross")(h), *context), deterministic)
         m = self.mlp_layer(self.mlp_ratio, self.dtype, name="mlp")(_modulate(self.norm(name="norm_2")(h), shift_2, scale_2))
         return h + gate_2 * nn.Dropout(self.dropout)(m, deterministic)
 
@@ -139,8 +142,8 @@ class DiT(nn.Module):
     """A diffusion transformer for sequences, images and volumes of any size.
 
     `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, T, C), (B, H, W, C) or (B, D, H, W, C) with
-    sides divisible by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or of twice
-    the channels with `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+    sides divisible by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class, or what `condition` takes; the output is
+    like x, or of twice the channels with `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
 
     Examples of different sizes are padded to one size, and a mask says what counts: `model.apply(params, x, t, y, mask=mask)`, bool,
     (B, *space), or one per patch. A patch counts if any of its positions does. What does not count is not attended to, its input does not
@@ -153,6 +156,8 @@ class DiT(nn.Module):
     depth: int = 12
     num_heads: int = 6
     num_classes: int | None = None
+    condition: nn.Module | None = None
+    """What y is, in place of `num_classes`: a module of `conditions`."""
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     learn_sigma: bool = False
@@ -172,7 +177,7 @@ class DiT(nn.Module):
     register_tokens: int = 0
     """Learnt tokens before the patches."""
     class_tokens: int = 0
-    """Tokens of the label before the patches."""
+    """Tokens of the label, or of another condition's vector, before the patches."""
     context_start: int = 0
     """The block before which those tokens join."""
     dtype: jnp.dtype = jnp.float32
@@ -188,29 +193,36 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True, mask=None):
         self._check(x)
-        layers.check_labels(self.num_classes, y, x)
+        given = conditions.embed(self, y, x, self.hidden_size)
+        if self.class_tokens and given.vector is None:
+            raise ValueError(
+                f"class_tokens is {self.class_tokens}, but the network has no classes: give num_classes, a condition with a vector, or "
+                "register_tokens."
+            )
+        context = None if given.tokens is None else (given.tokens.astype(self.dtype), given.tokens_mask)
         batch, *space, channels = x.shape
+        inputs = x if given.image is None else jnp.concatenate([x, given.image.astype(x.dtype)], axis=-1)
         counts = patch_mask = None
         if mask is not None:
             counts, patch_mask = self._masks(mask, x)
-            x = jnp.where(counts, x, 0)
+            inputs = jnp.where(counts, inputs, 0)
         grid = [side // self.patch_size for side in space]
-        h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(x)
+        h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(inputs)
         h = h + layers.grid_positions(*grid, self.hidden_size).astype(self.dtype)
 
         c = layers.TimeEmbedding(self.hidden_size, self.time_embedding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
-        label = None
-        if self.num_classes is not None:
-            label = layers.LabelEmbedding(self.num_classes, self.hidden_size, name="label")(y).astype(self.dtype)
-            c = c + label
+        if given.vector is not None:
+            vector = given.vector.astype(self.dtype)
+            c = c + vector
 
-        h = self._blocks(h, c, grid, 0, range(self.context_start if self._tokens else self.depth), deterministic, patch_mask)
+        rest = (deterministic, patch_mask, context)
+        h = self._blocks(h, c, grid, 0, range(self.context_start if self._tokens else self.depth), *rest)
         if self._tokens:
             if self.register_tokens:
                 h = ContextTokens(self.register_tokens, name="registers")(h)
             if self.class_tokens:
-                h = ContextTokens(self.class_tokens, name="class_tokens")(h, label)
-            h = self._blocks(h, c, grid, self._tokens, range(self.context_start, self.depth), deterministic, patch_mask)
+                h = ContextTokens(self.class_tokens, name="class_tokens")(h, vector)
+            h = self._blocks(h, c, grid, self._tokens, range(self.context_start, self.depth), *rest)
             h = h[:, self._tokens :]
 
         last_modulation = layers.Dense(2 * self.hidden_size, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
@@ -251,7 +263,7 @@ class DiT(nn.Module):
                 mask = mask.repeat(self.patch_size, axis=axis)
         return mask[..., None], patches.reshape(batch, -1)
 
-    def _blocks(self, h, c, grid, tokens, indices, deterministic, mask):
+    def _blocks(self, h, c, grid, tokens, indices, deterministic, mask, context):
         """The blocks of those indices, whose tokens before the patches are beyond the mask."""
         if mask is not None:
             mask = jnp.pad(mask, ((0, 0), (tokens, 0)), constant_values=True)
@@ -266,10 +278,10 @@ class DiT(nn.Module):
         block = functools.partial(module, *fields)
         if not self.scan:
             for i in indices:
-                h = block(name=f"block_{i}")(h, c, angles, deterministic, mask)
+                h = block(name=f"block_{i}")(h, c, angles, deterministic, mask, context)
         elif len(indices):
             layer = nn.scan(
-                lambda block, h, _: (block(h, c, angles, deterministic, mask), None),
+                lambda block, h, _: (block(h, c, angles, deterministic, mask, context), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=len(indices),
@@ -290,8 +302,6 @@ class DiT(nn.Module):
             raise ValueError(
                 f"rotary positions need heads of a multiple of 4 features, but {self.hidden_size} / {self.num_heads} is another."
             )
-        if self.class_tokens and self.num_classes is None:
-            raise ValueError(f"class_tokens is {self.class_tokens}, but the network has no classes: give num_classes, or register_tokens.")
         if self._tokens and not 0 <= self.context_start < self.depth:
             raise ValueError(f"context_start is {self.context_start}, but the blocks are numbered 0 to {self.depth - 1}.")
 

@@ -10,7 +10,7 @@ The norm of (2) and (3) is exactly 1, since cos^2 + sin^2 = 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import chex
 import jax
@@ -142,12 +142,21 @@ class LabelEmbedding(nn.Module):
         return jnp.asarray(table).at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
+def described(y) -> str:
+    """What a condition is, in the words of an error."""
+    if isinstance(y, Mapping):
+        return f"a dict of the keys {sorted(y, key=str)}"
+    return f"an array of shape {y.shape}" if hasattr(y, "shape") else f"{y!r}"
+
+
 def check_labels(classes, y, x) -> None:
     """Raises unless there is one label per example where a network has classes, and none where it has not."""
+    if isinstance(y, Mapping):
+        raise TypeError(f"y is {described(y)}, but this network takes {'no y' if classes is None else 'labels'}: see conditions.Several.")
     if classes is None and y is not None:
         raise ValueError(
             f"y has shape {jnp.shape(y)}, but this network was made without classes and has no null label either: it cannot be "
-            "guided. Make it with `num_classes`, or leave y out."
+            "guided. Make it with `num_classes` or a `condition`, or leave y out."
         )
     if classes is not None and (y is None or jnp.shape(y) != x.shape[:1]):
         given = "none" if y is None else f"shape {jnp.shape(y)}"
@@ -176,6 +185,28 @@ class Dense(nn.Dense):
     def __call__(self, inputs):
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
         return rows.reshape(*inputs.shape[:-1], self.features)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of h, (B, N, features), to tokens, (B, L, ...), that a mask counts, (B, L); it gives zero at the start."""
+
+    num_heads: int
+    norm: Callable | None = None
+    """Of queries and keys."""
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h, tokens, mask=None):
+        batch, _, width = h.shape
+        q = Dense(width, kernel_init=self.kernel_init, dtype=self.dtype, name="q")(h)
+        kv = Dense(2 * width, kernel_init=self.kernel_init, dtype=self.dtype, name="kv")(tokens)
+        q = q.reshape(batch, -1, self.num_heads, width // self.num_heads)
+        k, v = jnp.moveaxis(kv.reshape(batch, -1, 2, *q.shape[2:]), 2, 0)
+        if self.norm is not None:
+            q, k = self.norm(name="norm_q")(q), self.norm(name="norm_k")(k)
+        out = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None, None])
+        return Dense(width, kernel_init=nn.initializers.zeros_init(), dtype=self.dtype, name="out")(out.reshape(h.shape))
 
 
 class LayerNorm(nn.LayerNorm):

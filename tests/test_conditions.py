@@ -1,6 +1,8 @@
 """Conditions: what is nan is not given, has learnt values in its place, and leaves no nan behind, in any network that takes it."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +261,13 @@ def test_the_null_and_the_condition_in_one_batch():
     np.testing.assert_allclose(both[1], both[B + 1], rtol=1e-6)
     alone = jax.vmap(lambda x, t, y: model.apply(params, x[None], t, y[None])[0])(x, T, y)
     np.testing.assert_allclose(alone, both[B:], rtol=1e-5, atol=1e-6)
+
+
+def test_the_program_of_the_docs():
+    (program,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "networks.md").read_text(), re.DOTALL)
+    names = {}
+    exec(program, names)
+    assert names["velocity"].shape == (2, 16, 3)
 
 
 @pytest.mark.parametrize("layer", [mlp.plain, mlp.Residual], ids=["plain", "residual"])

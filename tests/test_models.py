@@ -2,6 +2,7 @@
 
 import functools
 import math
+import zlib
 
 import chex
 import jax
@@ -320,10 +321,164 @@ def test_images_that_do_not_divide(name, shape):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("shape", [(B, 8), (B, 8, 6), (B, 1, 8, 6, 2)])
-def test_networks_of_images_take_images(name, shape):
-    with pytest.raises(ValueError, match=r"\(B, H, W, C\)"):
+@pytest.mark.parametrize("shape", [(B,), (B, 8), (B, 1, 2, 8, 6, 2)])
+def test_networks_of_images_take_one_to_three_axes(name, shape):
+    with pytest.raises(ValueError, match=r"\(B, T, C\), images, \(B, H, W, C\), or volumes"):
         shapes(NETWORKS[name], jnp.zeros(shape), T, Y)
+
+
+# A checksum of names and shapes, and one of an output: of the code that knew images alone.
+FIRST_NUMBERS = {
+    "mlp": (2653942388, 13.751615160127322),
+    "dit": (3512435957, -0.6828135944063236),
+    "modern": (2477775347, -1.1097634932477858),
+    "unet": (961470542, 4.968195380254287),
+    "adm": (3354288977, -2.327776598212994),
+}
+
+
+@every_network
+def test_images_keep_their_parameters_and_numbers(applied, name):
+    """Published weights and checkpoints rely on them."""
+    params, apply = applied[name]
+    listed = sorted((path, leaf.shape) for path, leaf in traverse_util.flatten_dict(params["params"], sep="/").items())
+    x = np.sin(np.arange(X.size, dtype=np.float32)).reshape(X.shape)
+    out = np.asarray(apply(params, x, T, Y), np.float64)
+    numbers = zlib.crc32(str(listed).encode()), (out * np.cos(np.arange(out.size)).reshape(out.shape)).sum()
+    np.testing.assert_allclose(numbers, FIRST_NUMBERS[name], rtol=1e-3)
+    assert numbers[0] == FIRST_NUMBERS[name][0]
+
+
+@pytest.mark.parametrize(("name", "total"), [("mlp", 505.97953394267824), ("dit", 377.112488904002)])
+def test_images_keep_their_first_values(name, total):
+    params = jax.jit(NETWORKS[name].init)(jax.random.key(0), X, T, Y)
+    np.testing.assert_allclose(sum(np.abs(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(params)), total, rtol=1e-6)
+
+
+SEQUENCE, VOLUME = (B, 8, 2), (B, 4, 2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "fields"),
+    [
+        ("dit", SEQUENCE, {}),
+        ("unet", SEQUENCE, {}),
+        ("modern", VOLUME, dict(hidden_size=16, depth=1, context_start=0, time_embedding=layers.Sinusoids(4))),
+        ("adm", VOLUME, {}),
+    ],
+)
+def test_sequences_and_volumes(name, shape, fields):
+    """Kernels have as many sides as x has axes; gradients reach every parameter, and the last layer's first value makes the output zero."""
+    model = NETWORKS[name].clone(**fields)
+    x = jax.random.normal(KEY, shape)
+    params = random_parameters(model, x, T, Y)["params"]
+    kernel = params["patches"]["Conv_0"]["kernel"] if name == "dit" else params["in"]["kernel"] if name in HALVED else None
+    assert kernel is None or kernel.shape[:-2] == (2 if name in PATCHED else 3,) * (len(shape) - 2)
+
+    def loss(params):
+        out = model.apply({"params": params}, x, T, Y)
+        return (out**2).sum(), out
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    grads, out = gradient(params)
+    assert out.shape == shape
+    assert out.std() > 0.01
+    for path, grad in traverse_util.flatten_dict(grads, sep="/").items():
+        assert np.isfinite(grad).all(), path
+        assert (np.abs(grad) > 0).mean() > 0.3, path
+    last = "last" if name in PATCHED else "out"
+    _, first = gradient(params | {last: jax.tree.map(jnp.zeros_like, params[last])})
+    np.testing.assert_array_equal(first, np.zeros(shape))
+
+
+@pytest.mark.parametrize("name", ["dit", "adm"])
+@pytest.mark.parametrize(("shape", "said"), [((B, 7, 2), "7"), ((B, 4, 3, 4, 2), "4 x 3 x 4")])
+def test_sequences_and_volumes_that_do_not_divide(name, shape, said):
+    with pytest.raises(ValueError, match=rf"x of {said} positions (does not divide into patches|cannot be halved)"):
+        shapes(NETWORKS[name], jnp.zeros(shape), T, Y)
+
+
+@pytest.mark.parametrize("name", ["dit", "unet"])
+def test_a_sequence_is_an_image_of_one_row(monkeypatch, name):
+    """By a U-Net whose kernels see their middle row alone, and by a transformer without positions."""
+    monkeypatch.setattr(layers, "grid_positions", lambda *shape: np.zeros((1, math.prod(shape[:-1]), shape[-1]), np.float32))
+    fields = dict(patch_size=1, depth=1) if name == "dit" else dict(channel_mult=(1,), attention_resolutions=(1,))
+    model = WITHOUT_CLASSES[name].clone(**fields)
+    x = jax.random.normal(KEY, (B, 6, 2))
+    params = random_parameters(model, x[:, None], T)
+    middle = jax.tree.map(lambda leaf: leaf[len(leaf) // 2] if leaf.ndim == 4 else leaf, params)
+    image = jax.jit(model.apply)(params, x[:, None], T)[:, 0]
+    np.testing.assert_allclose(jax.jit(lambda params: model.apply(params, x, T))(middle), image, rtol=1e-4, atol=1e-5)
+
+
+def modern(depth=2, **fields):
+    return NETWORKS["modern"].clone(depth=depth, time_embedding=layers.Sinusoids(4), **fields)
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """An image in the corner of a larger one with nan around it, its mask, parameters, and the network without the padding."""
+    model = modern()
+    params = random_parameters(model, X, T, Y)
+    mask = np.zeros((B, 10, 8), bool)
+    mask[:, :8, :6] = True
+    x = np.full((B, 10, 8, 2), np.nan, np.float32)
+    x[:, :8, :6] = X
+    return x, mask, params, jax.jit(model.apply)(params, X, T, Y)
+
+
+@pytest.mark.parametrize("patches", [False, True], ids=["positions", "patches"])
+def test_padding_changes_nothing(padded, patches):
+    """A network that attends, with rotary positions and tokens before the patches; the padding is nan, and its output 0."""
+    x, mask, params, expected = padded
+    given = mask[:, ::2, ::2] if patches else mask
+    model = modern()
+
+    def loss(params, x):
+        out = model.apply(params, x, T, Y, mask=given)
+        return (out**2).sum(), out
+
+    (grads, grad_x), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+    np.testing.assert_allclose(out[:, :8, :6], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.where(mask[..., None], 0, out), np.zeros_like(x))
+    assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+    assert np.abs(grad_x[:, :8, :6]).min() > 0
+    np.testing.assert_array_equal(np.where(mask[..., None], 0, grad_x), np.zeros_like(x))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_and_remat_take_masks(padded, remat):
+    x, mask, params, expected = padded
+    out = jax.jit(lambda params: modern(scan=True, remat=remat).apply(params, x, T, Y, mask=mask))(dit.stack(params, 1))
+    np.testing.assert_allclose(out[:, :8, :6], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_per_example():
+    """Sequences of 8, 5 and 0 positions: a patch counts if any of its positions does, and what does not count in it is 0."""
+    model = WITHOUT_CLASSES["dit"].clone(depth=1)
+    x = jax.random.normal(KEY, SEQUENCE)
+    params = random_parameters(model, x, T)
+    mask = np.arange(8)[None] < np.array([8, 5, 0])[:, None]
+    masked = jax.jit(lambda x, mask: model.apply(params, x, T, mask=mask))
+    out = masked(jnp.where(mask[..., None], x, jnp.nan), mask)
+    plain = jax.jit(lambda x: model.apply(params, x, T))
+    np.testing.assert_allclose(out[0], plain(x)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out[1, :5], plain(x.at[1, 5].set(0)[:, :6])[1, :5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.where(mask[..., None], 0, out), np.zeros(SEQUENCE))
+
+
+@pytest.mark.parametrize(
+    ("fields", "mask", "error", "message"),
+    [
+        ({}, np.ones((B, 8, 6)), TypeError, "mask has dtype float32, but it is of bools, .* mask > 0"),
+        ({}, np.ones((B, 8), bool), ValueError, r"mask has shape \(3, 8\), but .* it is \(3, 8, 6\), or one per patch, \(3, 4, 3\)"),
+        (dict(attention="cudnn"), np.ones((B, 8, 6), bool), ValueError, "attention is 'cudnn', which takes no mask"),
+    ],
+)
+def test_masks_that_are_none(fields, mask, error, message):
+    model = WITHOUT_CLASSES["dit"].clone(**fields)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: model.init(KEY, X, T, mask=mask))
 
 
 @pytest.mark.parametrize(("width", "heads"), [(10, 2), (12, 5), (6, 3)])
@@ -512,6 +667,29 @@ def test_grid_positions(height, width, features):
                 angles = [place / 10_000 ** (i / quarter) for i in range(quarter)]
                 expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
             np.testing.assert_allclose(positions[0, row * width + column], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sides", "features", "pairs"), [((5,), 8, [4]), ((2, 3), 6, [2, 1]), ((2, 3, 2), 12, [2, 2, 2]), ((2, 3, 2), 16, [4, 2, 2])]
+)
+def test_features_are_shared_among_axes(sides, features, pairs):
+    """The first axis has the pairs that remain, and every place its own features."""
+    angles = layers.rotary_angles(*sides, features)
+    positions = layers.grid_positions(*sides, features)
+    assert positions.shape == (1, math.prod(sides), features)
+    for i, place in enumerate(np.ndindex(*sides)):
+        phases = [[at * 10_000.0 ** (-j / n) for j in range(n)] for at, n in zip(place, pairs, strict=True)]
+        np.testing.assert_allclose(angles[i], np.concatenate(phases), rtol=1e-6)
+        waves = [wave(phase) for phase in reversed(phases) for wave in (np.sin, np.cos)]
+        np.testing.assert_allclose(positions[0, i], np.concatenate(waves), rtol=1e-5, atol=1e-6)
+    assert len(np.unique(positions[0], axis=0)) == math.prod(sides)
+
+
+@pytest.mark.parametrize(("shape", "least"), [((2, 2, 2, 4), 6), ((3, 5), 2)])
+def test_features_that_cannot_be_shared(shape, least):
+    for place in (layers.grid_positions, layers.rotary_angles):
+        with pytest.raises(ValueError, match=f"ositions have {shape[-1]} features, .* even number of {least} or more"):
+            place(*shape)
 
 
 ANY_TIMES = st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3)

@@ -38,7 +38,7 @@ from fmjax import (
     times,
     training,
 )
-from fmjax.models import layers
+from fmjax.models import conditions, dit, layers, mlp, unet
 
 LIBRARY = str(Path(fmjax.__file__).parent)
 PATH, B = paths.Linear(), 3
@@ -809,6 +809,19 @@ def diffused(path, step, **changes):
     return lambda: sampling.sample_diffusion(path, step=step, **arguments)
 
 
+NETWORKS = {
+    "mlp": functools.partial(mlp.MLP, hidden_size=4, depth=1),
+    "dit": functools.partial(dit.DiT, hidden_size=8, depth=1, num_heads=2),
+    "unet": functools.partial(unet.UNet, model_channels=8, channel_mult=(1,), groups=4, attention_resolutions=()),
+}
+
+
+def applied(name, y, **fields):
+    """A network's parameters for a y, of images."""
+    mask = {} if "mask" not in fields else {"mask": fields.pop("mask")}
+    return lambda: jax.eval_shape(lambda: NETWORKS[name](**fields).init(KEY, jnp.zeros((B, 4, 4, 2)), T, y, **mask))
+
+
 def measured(step, last=None):
     def follow():
         field = inverse.linear_inverse(PATH, VELOCITY, lambda x: x[:2], X[:, :2])
@@ -882,6 +895,77 @@ def measured(step, last=None):
             lambda: targets.change_path(lambda x, t: 0 * x, source=POLYNOMIAL, target=PATH)(X, 0.0),
             "the .* does not follow from the velocity at t = 0",
         ),
+        "no condition where there is one": (
+            applied("mlp", None, condition=conditions.Vector()),
+            "condition, Vector, and needs y, .*got none",
+        ),
+        "two conditions": (
+            applied("dit", LABELS, num_classes=3, condition=conditions.Label(3)),
+            r"num_classes is 3 and condition is a Label, .*conditions\.Several",
+        ),
+        "a condition for another batch": (
+            applied("mlp", jnp.ones((4, 2)), condition=conditions.Vector()),
+            r"y has shape \(4, 2\), .* a vector of each example, \(3, k\)",
+        ),
+        "numbers of no axis": (applied("mlp", jnp.ones(3), condition=conditions.Vector()), r"y has shape \(3,\), .*\(3, k\), batch first"),
+        "numbers without any": (applied("mlp", jnp.ones((3, 0)), condition=conditions.Vector()), r"y has shape \(3, 0\)"),
+        "labels for a vector": (
+            applied("mlp", jnp.ones((3, 1), jnp.int32), condition=conditions.Vector()),
+            r"y has dtype int32, .*astype\(jnp.float32\), .*conditions.Label",
+        ),
+        "a string for a vector": (applied("mlp", "x", condition=conditions.Vector()), "y is 'x', but this condition is a vector"),
+        "a vector for labels": (
+            applied("mlp", jnp.ones((3, 2)), condition=conditions.Label(3)),
+            r"needs one label per example, y of shape \(3,\), got shape \(3, 2\)",
+        ),
+        "a vector for tokens": (applied("dit", jnp.ones((3, 2)), condition=conditions.Tokens()), r"y has shape \(3, 2\), .*\(3, L, k\)"),
+        "no tokens": (applied("dit", jnp.ones((3, 0, 2)), condition=conditions.Tokens()), r"y has shape \(3, 0, 2\), .*\(3, L, k\)"),
+        "an image of another size": (
+            applied("unet", jnp.ones((3, 2, 2, 1)), condition=conditions.Image()),
+            r"y has shape \(3, 2, 2, 1\), .* an image as large as x, \(3, 4, 4, k\)",
+        ),
+        "a number that is nan": (
+            applied("mlp", np.array([[1, 2], [1, np.nan], [1, 2]], np.float32), condition=conditions.Vector()),
+            r"y\[1\] is \[ *1\. nan\], of which some is nan and some is not",
+        ),
+        "a dict for a vector": (applied("mlp", {"a": X}, condition=conditions.Vector()), r"y is a dict of the keys \['a'\], but"),
+        "a dict for labels": (applied("mlp", {"a": LABELS}, num_classes=3), r"y is a dict of the keys \['a'\], .*takes labels: .*Several"),
+        "a dict for no condition": (applied("mlp", {"a": LABELS}), r"y is a dict of the keys \['a'\], .*takes no y"),
+        "other keys": (
+            applied("mlp", {"b": X, "c": X}, condition=conditions.Several({"a": conditions.Vector()})),
+            r"y is a dict of the keys \['b', 'c'\], but this condition is a dict of the keys \['a'\]",
+        ),
+        "an array for several": (
+            applied("mlp", X, condition=conditions.Several({"a": conditions.Vector()})),
+            r"y is an array of shape \(3, 3\), but this condition is a dict of the keys \['a'\]",
+        ),
+        "a part of several that is none": (
+            applied("mlp", {"a": None}, condition=conditions.Several({"a": conditions.Vector()})),
+            "y is None, but this condition is a vector",
+        ),
+        "tokens for points": (
+            applied("mlp", X[..., None], condition=conditions.Tokens()),
+            "Tokens, gives tokens, but an MLP takes a vector",
+        ),
+        "tokens without attention": (
+            applied("unet", X[..., None], condition=conditions.Tokens()),
+            r"gives tokens, but attention_resolutions is \(\)",
+        ),
+        "class tokens of an image": (
+            applied("dit", jnp.ones((3, 4, 4, 1)), condition=conditions.Image(), class_tokens=2),
+            "class_tokens is 2, but .* a condition with a vector",
+        ),
+        "a condition that is an array": (
+            applied("mlp", X, condition=lambda y, x, features: y),
+            "The condition gives a .*Array.*Embedded",
+        ),
+        "a mask of numbers": (applied("dit", None, mask=jnp.ones((3, 4, 4))), "mask has dtype float32, .* mask > 0"),
+        "a mask of a row": (applied("dit", None, mask=jnp.ones((3, 4), bool)), r"mask has shape \(3, 4\), .*\(3, 2, 2\)"),
+        "points for images": (
+            lambda: NETWORKS["unet"]().init(KEY, X, T),
+            r"x has shape \(3, 3\), .* sequences, .* take an MLP, .*x\[\.\.\., None\]",
+        ),
+        "positions without features": (lambda: layers.grid_positions(2, 2, 2, 4), "4 features, .* 3 axes .* 6 or more"),
         "times beyond data": (lambda: times.shift(np.array([0.5, 1.5]), 3.0), "times go from 0, noise, to 1, data"),
         "a path that does not rise": (lambda: paths.Polynomial(0.0), "power is 0.0, but it is the power of t"),
         "a path that falls": (lambda: paths.VariancePreserving(-1.0), "rate_min is -1.0"),

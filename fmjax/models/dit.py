@@ -1,7 +1,7 @@
 """The diffusion transformer with adaLN-Zero    (Peebles and Xie 2023, arXiv:2212.09748; MIT 6.S184, "Diffusion Transformers").
 
-An image becomes a sequence of patches; each block is attention and an MLP, whose normalisations are shifted and
-scaled, and whose outputs are gated, by the embedding c of the time and the label:
+An image, a signal or a volume becomes a sequence of patches; each block is attention and an MLP, whose normalisations are shifted
+and scaled, and whose outputs are gated, by the embedding c of the time and the label:
 
     h <- h + g_1 Attention(s_1 N(h) + b_1),   h <- h + g_2 MLP(s_2 N(h) + b_2),   (b, s - 1, g) = Dense(silu(c))
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fmjax.models import layers
+from fmjax.models import conditions, layers
 
 _xavier = nn.initializers.xavier_uniform()
 _zeros = nn.initializers.zeros_init()
@@ -38,7 +38,7 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        side = (self.patch_size, self.patch_size)
+        side = (self.patch_size,) * (x.ndim - 2)
         first = self.bottleneck or self.hidden_size
         h = nn.Conv(first, side, side, "VALID", use_bias=not self.bottleneck, kernel_init=layers.as_matrix(_xavier), dtype=self.dtype)(x)
         h = h.reshape(x.shape[0], -1, first)
@@ -58,7 +58,10 @@ class ContextTokens(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, its softmax in float32, its queries and keys turned by angles where they are given."""
+    """Multi-head self-attention, its softmax in float32, its queries and keys turned by angles where they are given.
+
+    With a mask, (B, tokens), only to those tokens that it counts.
+    """
 
     num_heads: int
     norm: Callable | None = None
@@ -66,7 +69,7 @@ class Attention(nn.Module):
     implementation: Literal["xla", "cudnn"] = "xla"
 
     @nn.compact
-    def __call__(self, h, angles=None):
+    def __call__(self, h, angles=None, mask=None):
         batch, tokens, width = h.shape
         qkv = layers.Dense(3 * width, kernel_init=_xavier, dtype=self.dtype)(h)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads), 2, 0)
@@ -74,7 +77,8 @@ class Attention(nn.Module):
             q, k = self.norm(name="norm_q")(q), self.norm(name="norm_k")(k)
         if angles is not None:
             q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-        out = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        among = None if mask is None else mask[:, None, None]
+        out = jax.nn.dot_product_attention(q, k, v, mask=among, implementation=self.implementation)
         return layers.Dense(width, kernel_init=_xavier, dtype=self.dtype)(out.reshape(h.shape))
 
 
@@ -108,7 +112,7 @@ def _modulate(h, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each modulated and gated by c."""
+    """Attention and an MLP, each modulated and gated by c; between them attention to a context, tokens and a mask, if it is given."""
 
     num_heads: int
     mlp_ratio: float = 4.0
@@ -120,30 +124,40 @@ class Block(nn.Module):
     implementation: Literal["xla", "cudnn"] = "xla"
 
     @nn.compact
-    def __call__(self, h, c, angles=None, deterministic=True):
+    def __call__(self, h, c, angles=None, deterministic=True, mask=None, context=None):
         width = h.shape[-1]
         modulation = layers.Dense(6 * width, kernel_init=_zeros, dtype=self.dtype, name="modulation")(nn.silu(c))[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.num_heads, self.qk_norm, self.dtype, self.implementation, name="attention")
-        m = attention(_modulate(self.norm(name="norm_1")(h), shift_1, scale_1), angles)
+        m = attention(_modulate(self.norm(name="norm_1")(h), shift_1, scale_1), angles, mask)
         h = h + gate_1 * nn.Dropout(self.dropout)(m, deterministic)
+        if context is not None:
+            cross = layers.CrossAttention(self.num_heads, self.qk_norm, _xavier, self.dtype, name="cross_attention")
+            h = h + nn.Dropout(self.dropout)(cross(self.norm(name="norm_cross")(h), *context), deterministic)
         m = self.mlp_layer(self.mlp_ratio, self.dtype, name="mlp")(_modulate(self.norm(name="norm_2")(h), shift_2, scale_2))
         return h + gate_2 * nn.Dropout(self.dropout)(m, deterministic)
 
 
 class DiT(nn.Module):
-    """A diffusion transformer for images of any size.
+    """A diffusion transformer for sequences, images and volumes of any size.
 
-    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, H, W, C) with H and W divisible
-    by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or (B, H, W, 2C) with
-    `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, T, C), (B, H, W, C) or (B, D, H, W, C) with
+    sides divisible by `patch_size`, t is () or (B,), y is (B,) with `num_classes` for no class, or what `condition` takes; the output is
+    like x, or of twice the channels with `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+
+    Examples of different sizes are padded to one size, and a mask says what counts: `model.apply(params, x, t, y, mask=mask)`, bool,
+    (B, *space), or one per patch. A patch counts if any of its positions does. What does not count is not attended to, its input does not
+    matter (it may be nan) and its output is 0; what counts has the output that it would have without the padding.
     """
 
     patch_size: int = 2
+    """The side of a patch, along every axis."""
     hidden_size: int = 384
     depth: int = 12
     num_heads: int = 6
     num_classes: int | None = None
+    condition: nn.Module | None = None
+    """What y is, in place of `num_classes`: a module of `conditions`."""
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     learn_sigma: bool = False
@@ -163,7 +177,7 @@ class DiT(nn.Module):
     register_tokens: int = 0
     """Learnt tokens before the patches."""
     class_tokens: int = 0
-    """Tokens of the label before the patches."""
+    """Tokens of the label, or of another condition's vector, before the patches."""
     context_start: int = 0
     """The block before which those tokens join."""
     dtype: jnp.dtype = jnp.float32
@@ -177,44 +191,83 @@ class DiT(nn.Module):
     products of its layers and computes the rest again."""
 
     @nn.compact
-    def __call__(self, x, t, y=None, deterministic=True):
+    def __call__(self, x, t, y=None, deterministic=True, mask=None):
         self._check(x)
-        layers.check_labels(self.num_classes, y, x)
-        batch, height, width, channels = x.shape
-        rows, columns = height // self.patch_size, width // self.patch_size
-        h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(x)
-        h = h + layers.grid_positions(rows, columns, self.hidden_size).astype(self.dtype)
+        given = conditions.embed(self, y, x, self.hidden_size)
+        if self.class_tokens and given.vector is None:
+            raise ValueError(
+                f"class_tokens is {self.class_tokens}, but the network has no classes: give num_classes, a condition with a vector, or "
+                "register_tokens."
+            )
+        context = None if given.tokens is None else (given.tokens.astype(self.dtype), given.tokens_mask)
+        batch, *space, channels = x.shape
+        inputs = x if given.image is None else jnp.concatenate([x, given.image.astype(x.dtype)], axis=-1)
+        counts = patch_mask = None
+        if mask is not None:
+            counts, patch_mask = self._masks(mask, x)
+            inputs = jnp.where(counts, inputs, 0)
+        grid = [side // self.patch_size for side in space]
+        h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(inputs)
+        h = h + layers.grid_positions(*grid, self.hidden_size).astype(self.dtype)
 
         c = layers.TimeEmbedding(self.hidden_size, self.time_embedding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
-        label = None
-        if self.num_classes is not None:
-            label = layers.LabelEmbedding(self.num_classes, self.hidden_size, name="label")(y).astype(self.dtype)
-            c = c + label
+        if given.vector is not None:
+            vector = given.vector.astype(self.dtype)
+            c = c + vector
 
-        h = self._blocks(h, c, rows, columns, 0, range(self.context_start if self._tokens else self.depth), deterministic)
+        rest = (deterministic, patch_mask, context)
+        h = self._blocks(h, c, grid, 0, range(self.context_start if self._tokens else self.depth), *rest)
         if self._tokens:
             if self.register_tokens:
                 h = ContextTokens(self.register_tokens, name="registers")(h)
             if self.class_tokens:
-                h = ContextTokens(self.class_tokens, name="class_tokens")(h, label)
-            h = self._blocks(h, c, rows, columns, self._tokens, range(self.context_start, self.depth), deterministic)
+                h = ContextTokens(self.class_tokens, name="class_tokens")(h, vector)
+            h = self._blocks(h, c, grid, self._tokens, range(self.context_start, self.depth), *rest)
             h = h[:, self._tokens :]
 
         last_modulation = layers.Dense(2 * self.hidden_size, kernel_init=_zeros, dtype=self.dtype, name="last_modulation")
         shift, scale = jnp.split(last_modulation(nn.silu(c))[:, None], 2, axis=-1)
         h = _modulate(self.norm(name="last_norm")(h), shift, scale)
         channels = channels * (1 + self.learn_sigma)
-        h = layers.Dense(self.patch_size**2 * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
-        h = h.reshape(batch, rows, columns, self.patch_size, self.patch_size, channels)
-        return h.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels).astype(x.dtype)
+        axes = len(space)
+        h = layers.Dense(self.patch_size**axes * channels, kernel_init=_zeros, dtype=self.dtype, name="last")(h)
+        h = h.reshape(batch, *grid, *(self.patch_size,) * axes, channels)
+        # Each axis of the grid beside that of its patches.
+        order = [axis for i in range(1, axes + 1) for axis in (i, axes + i)]
+        out = h.transpose(0, *order, 2 * axes + 1).reshape(batch, *space, channels).astype(x.dtype)
+        return out if mask is None else jnp.where(counts, out, 0)
 
     @property
     def _tokens(self):
         return self.register_tokens + self.class_tokens
 
-    def _blocks(self, h, c, rows, columns, tokens, indices, deterministic):
-        """The blocks of those indices."""
-        angles = layers.rotary_angles(rows, columns, self.hidden_size // self.num_heads, tokens) if self.rotary else None
+    def _masks(self, mask, x):
+        """Which positions count, shaped to multiply x, and which patches, (B, patches)."""
+        batch, *space = x.shape[:-1]
+        grid = [side // self.patch_size for side in space]
+        mask = jnp.asarray(mask)
+        if mask.dtype != bool:
+            raise TypeError(f"mask has dtype {mask.dtype}, but it is of bools, True for what counts: give mask > 0.")
+        if mask.shape not in ((batch, *space), (batch, *grid)):
+            raise ValueError(
+                f"mask has shape {mask.shape}, but for x of shape {x.shape} it is {(batch, *space)}, or one per patch, {(batch, *grid)}."
+            )
+        if self.attention == "cudnn":
+            raise ValueError("attention is 'cudnn', which takes no mask here: make the network with attention='xla'.")
+        if mask.shape == (batch, *space):
+            sides = [side for pair in zip(grid, [self.patch_size] * len(grid), strict=True) for side in pair]
+            patches = mask.reshape(batch, *sides).any(range(2, 2 * len(grid) + 1, 2))
+        else:
+            patches = mask
+            for axis in range(1, len(grid) + 1):
+                mask = mask.repeat(self.patch_size, axis=axis)
+        return mask[..., None], patches.reshape(batch, -1)
+
+    def _blocks(self, h, c, grid, tokens, indices, deterministic, mask, context):
+        """The blocks of those indices, whose tokens before the patches are beyond the mask."""
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (tokens, 0)), constant_values=True)
+        angles = layers.rotary_angles(*grid, self.hidden_size // self.num_heads, before=tokens) if self.rotary else None
         module = Block
         if self.remat or self.scan:
             # A loop keeps all that its backward pass reads, where the compiler computes much of it again in blocks one by one. So only
@@ -225,10 +278,10 @@ class DiT(nn.Module):
         block = functools.partial(module, *fields)
         if not self.scan:
             for i in indices:
-                h = block(name=f"block_{i}")(h, c, angles, deterministic)
+                h = block(name=f"block_{i}")(h, c, angles, deterministic, mask, context)
         elif len(indices):
             layer = nn.scan(
-                lambda block, h, _: (block(h, c, angles, deterministic), None),
+                lambda block, h, _: (block(h, c, angles, deterministic, mask, context), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=len(indices),
@@ -238,9 +291,10 @@ class DiT(nn.Module):
 
     def _check(self, x):
         layers.require_images(x)
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
+        space = x.shape[1:-1]
+        if any(side % self.patch_size for side in space):
             raise ValueError(
-                f"The image of {x.shape[1]} x {x.shape[2]} pixels does not divide into patches of {self.patch_size} x {self.patch_size}."
+                f"x of {layers.by(space)} positions does not divide into patches of {layers.by([self.patch_size] * len(space))}: pad it."
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of the number of heads, {self.num_heads}.")
@@ -248,8 +302,6 @@ class DiT(nn.Module):
             raise ValueError(
                 f"rotary positions need heads of a multiple of 4 features, but {self.hidden_size} / {self.num_heads} is another."
             )
-        if self.class_tokens and self.num_classes is None:
-            raise ValueError(f"class_tokens is {self.class_tokens}, but the network has no classes: give num_classes, or register_tokens.")
         if self._tokens and not 0 <= self.context_start < self.depth:
             raise ValueError(f"context_start is {self.context_start}, but the blocks are numbered 0 to {self.depth - 1}.")
 

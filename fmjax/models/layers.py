@@ -10,7 +10,7 @@ The norm of (2) and (3) is exactly 1, since cos^2 + sin^2 = 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import chex
 import jax
@@ -30,7 +30,7 @@ def as_matrix(initializer) -> Callable:
     Args:
       initializer: (key, shape, dtype) -> an array, of matrices.
     Returns:
-      The same for kernels (height, width, features in, features out).
+      The same for kernels (*sides, features in, features out).
     """
     return lambda key, shape, dtype=jnp.float32: initializer(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
 
@@ -142,12 +142,21 @@ class LabelEmbedding(nn.Module):
         return jnp.asarray(table).at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
+def described(y) -> str:
+    """What a condition is, in the words of an error."""
+    if isinstance(y, Mapping):
+        return f"a dict of the keys {sorted(y, key=str)}"
+    return f"an array of shape {y.shape}" if hasattr(y, "shape") else f"{y!r}"
+
+
 def check_labels(classes, y, x) -> None:
     """Raises unless there is one label per example where a network has classes, and none where it has not."""
+    if isinstance(y, Mapping):
+        raise TypeError(f"y is {described(y)}, but this network takes {'no y' if classes is None else 'labels'}: see conditions.Several.")
     if classes is None and y is not None:
         raise ValueError(
             f"y has shape {jnp.shape(y)}, but this network was made without classes and has no null label either: it cannot be "
-            "guided. Make it with `num_classes`, or leave y out."
+            "guided. Make it with `num_classes` or a `condition`, or leave y out."
         )
     if classes is not None and (y is None or jnp.shape(y) != x.shape[:1]):
         given = "none" if y is None else f"shape {jnp.shape(y)}"
@@ -156,9 +165,17 @@ def check_labels(classes, y, x) -> None:
 
 
 def require_images(x) -> None:
-    """Raises unless x is a batch of images."""
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {x.shape}, but this network takes images, (B, H, W, C).")
+    """Raises unless x is a batch of sequences, images or volumes."""
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"x has shape {x.shape}, but this network takes sequences, (B, T, C), images, (B, H, W, C), or volumes, (B, D, H, W, C): for "
+            "points take an MLP, and for one channel give x[..., None]."
+        )
+
+
+def by(sides) -> str:
+    """Sides in words: "8 x 6"."""
+    return " x ".join(map(str, sides))
 
 
 class Dense(nn.Dense):
@@ -168,6 +185,28 @@ class Dense(nn.Dense):
     def __call__(self, inputs):
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
         return rows.reshape(*inputs.shape[:-1], self.features)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of h, (B, N, features), to tokens, (B, L, ...), that a mask counts, (B, L); it gives zero at the start."""
+
+    num_heads: int
+    norm: Callable | None = None
+    """Of queries and keys."""
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h, tokens, mask=None):
+        batch, _, width = h.shape
+        q = Dense(width, kernel_init=self.kernel_init, dtype=self.dtype, name="q")(h)
+        kv = Dense(2 * width, kernel_init=self.kernel_init, dtype=self.dtype, name="kv")(tokens)
+        q = q.reshape(batch, -1, self.num_heads, width // self.num_heads)
+        k, v = jnp.moveaxis(kv.reshape(batch, -1, 2, *q.shape[2:]), 2, 0)
+        if self.norm is not None:
+            q, k = self.norm(name="norm_q")(q), self.norm(name="norm_k")(k)
+        out = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None, None])
+        return Dense(width, kernel_init=nn.initializers.zeros_init(), dtype=self.dtype, name="out")(out.reshape(h.shape))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -194,7 +233,7 @@ class RMSNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Normalisation of groups of channels of an image, a learnt scale and shift, in float32    (Wu and He 2018, arXiv:1803.08494)."""
+    """Normalisation of groups of channels, with a learnt scale and shift, in float32    (Wu and He 2018, arXiv:1803.08494)."""
 
     groups: int = 32
     epsilon: float = 1e-5
@@ -202,12 +241,13 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, h):
         channels = h.shape[-1]
-        scale = jnp.asarray(self.param("scale", nn.initializers.ones_init(), (channels,))).reshape(1, 1, 1, -1)
-        bias = jnp.asarray(self.param("bias", nn.initializers.zeros_init(), (channels,))).reshape(1, 1, 1, -1)
+        space = tuple(range(1, h.ndim - 1))
+        scale = jnp.asarray(self.param("scale", nn.initializers.ones_init(), (channels,))).reshape((1,) * (h.ndim - 1) + (-1,))
+        bias = jnp.asarray(self.param("bias", nn.initializers.zeros_init(), (channels,))).reshape((1,) * (h.ndim - 1) + (-1,))
 
         def group_means(x):
-            means = x.mean((1, 2)).reshape(h.shape[0], self.groups, -1).mean(-1)
-            return jnp.repeat(means, channels // self.groups, axis=-1)[:, None, None]
+            means = x.mean(space).reshape(h.shape[0], self.groups, -1).mean(-1)
+            return jnp.expand_dims(jnp.repeat(means, channels // self.groups, axis=-1), space)
 
         x = h.astype(jnp.float32)
         mean = group_means(x)
@@ -218,38 +258,53 @@ class GroupNorm(nn.Module):
         return ((x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(h.dtype)
 
 
-def grid_positions(height, width, features) -> np.ndarray:
-    """Fixed sine-cosine positions of a grid of patches, half the features per axis    (Peebles and Xie 2023, arXiv:2212.09748).
+def _phases(sides, features, name):
+    """Places along each axis times its frequencies, which fall from 1 to 1 / 10,000: [(positions, pairs of features of the axis)]."""
+    each, rest = divmod(features // 2, len(sides))
+    if features % 2 or not each:
+        raise ValueError(
+            f"{name} have {features} features, but they come in pairs and each of the {len(sides)} axes has one at least: give an even "
+            f"number of {2 * len(sides)} or more."
+        )
+    places = np.meshgrid(*(np.arange(side) for side in sides), indexing="ij")
+    counts = [each + rest if axis == 0 else each for axis in range(len(sides))]
+    return [place.reshape(-1, 1) * 10_000.0 ** (-np.arange(n) / n) for place, n in zip(places, counts, strict=True)]
+
+
+def grid_positions(*shape) -> np.ndarray:
+    """Fixed sine-cosine positions of a grid of patches, the features shared among its axes    (Peebles and Xie 2023, arXiv:2212.09748).
+
+    Of the pairs of a sine and a cosine each axis has as many, the first one also those that remain: of 384 features a sequence has 384, an
+    image 192 per axis and a volume 128 per axis; of 512 a volume has 172, 170 and 170. The last axis comes first.
 
     Args:
-      height: rows.
-      width: columns.
-      features: of the embedding, a multiple of 4.
+      *shape: sides of the grid, then the features, an even number: `grid_positions(rows, columns, features)`.
     Returns:
-      (1, height * width, features), float32, row by row.
+      (1, positions, features), float32, row by row.
+    Raises:
+      ValueError: if there is not one pair for each axis.
     """
-    frequencies = 10_000.0 ** (-np.arange(features // 4) / (features // 4))
-    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    phases = [axis.reshape(-1, 1) * frequencies for axis in (column, row)]
-    return np.concatenate([wave(phase) for phase in phases for wave in (np.sin, np.cos)], axis=-1)[None].astype(np.float32)
+    *sides, features = shape
+    phases = _phases(sides, features, "Positions")
+    return np.concatenate([wave(phase) for phase in reversed(phases) for wave in (np.sin, np.cos)], axis=-1)[None].astype(np.float32)
 
 
-def rotary_angles(height, width, features, before=0) -> np.ndarray:
-    """Angles by which attention turns pairs of features, half the pairs per axis    (Su et al. 2021, arXiv:2104.09864).
+def rotary_angles(*shape, before=0) -> np.ndarray:
+    """Angles by which attention turns pairs of features, the pairs shared among the axes    (Su et al. 2021, arXiv:2104.09864).
+
+    Each axis has as many, the first one also those that remain, as in `grid_positions`; here the first axis comes first.
 
     Args:
-      height: rows of patches.
-      width: columns.
-      features: of a head, a multiple of 4.
+      *shape: sides of the grid of patches, then the features of a head, an even number.
       before: tokens before the grid, which are not turned.
     Returns:
-      (before + height * width, features / 2), float32.
+      (before + positions, features / 2), float32.
+    Raises:
+      ValueError: if there is not one pair for each axis.
     """
-    quarter = features // 4
-    frequencies = 10_000.0 ** (-np.arange(quarter) / quarter)
-    row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    grid = np.concatenate([axis.reshape(-1, 1) * frequencies for axis in (row, column)], axis=-1)
-    return np.concatenate([np.zeros((before, 2 * quarter)), grid]).astype(np.float32)
+    *sides, features = shape
+    grid = np.concatenate(_phases(sides, features, "Rotary positions"), axis=-1)
+    return np.concatenate([np.zeros((before, grid.shape[-1])), grid]).astype(np.float32)
 
 
 def rotate(h, angles) -> chex.ArrayDevice:

@@ -5,29 +5,68 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fmjax.models import layers
+from fmjax.models import conditions, layers
+
+
+def plain(features, activation) -> Callable:
+    """The layer activation(Dense(h)), of h alone: the input has in it what the condition is."""
+    return lambda h, e: activation(nn.Dense(features)(h))
+
+
+class Residual(nn.Module):
+    """The layer h + Dense(activation(Dense(N(h)) + Dense(e))), N a layer normalisation and e the embedding of the time and the condition.
+
+    Its last layer starts at zero, so that it starts as the identity, or where h is of another width as a dense layer.
+    """
+
+    features: int
+    activation: Callable = nn.silu
+
+    @nn.compact
+    def __call__(self, h, e):
+        skip = h if h.shape[-1] == self.features else nn.Dense(self.features, name="skip")(h)
+        h = nn.Dense(self.features, name="in")(layers.LayerNorm(name="norm")(skip))
+        h = self.activation(h + nn.Dense(self.features, use_bias=False, name="embedding")(e))
+        return skip + nn.Dense(self.features, kernel_init=nn.initializers.zeros_init(), name="out")(h)
 
 
 class MLP(nn.Module):
-    """Dense layers on [t, x], and on an embedding of y where there are classes    (the course's second lab).
+    """Dense layers on [t, x], and on an embedding of y where there is a condition    (the course's second lab).
 
     `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, ...), t is () or (B,), y is
-    (B,) with `num_classes` for no class; the output is like x.
+    (B,) with `num_classes` for no class, or what `condition` takes; the output is like x.
     """
 
     hidden_size: int = 64
     depth: int = 4
     activation: Callable = nn.silu
     num_classes: int | None = None
+    condition: nn.Module | None = None
+    """What y is, in place of `num_classes`: a module of `conditions` that gives a vector."""
+    time_embedding: nn.Module | None = None
+    """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`; None is the time itself."""
+    layer: Callable = plain
+    """Makes the layers, `(features, activation)` to a function of h and of the embedding e: `plain` or `Residual`."""
 
     @nn.compact
     def __call__(self, x, t, y=None):
         h = x.reshape(x.shape[0], -1)
         features = h.shape[1]
-        layers.check_labels(self.num_classes, y, x)
-        h = jnp.concatenate([layers.batch_times(t, x)[:, None], h], axis=-1)
-        if self.num_classes is not None:
-            h = jnp.concatenate([h, layers.LabelEmbedding(self.num_classes, self.hidden_size)(y)], axis=-1)
+        given = conditions.embed(self, y, x, self.hidden_size, label="LabelEmbedding_0")
+        for kind in ("tokens", "image"):
+            if getattr(given, kind) is not None:
+                raise ValueError(
+                    f"The condition, {type(self.condition).__name__}, gives {kind}, but an MLP takes a vector alone: give conditions.Label "
+                    "or conditions.Vector, or take a DiT or a UNet."
+                )
+        t = layers.batch_times(t, x)
+        if self.time_embedding is None:
+            e = t[:, None]
+        else:
+            e = layers.TimeEmbedding(self.hidden_size, self.time_embedding, nn.initializers.lecun_normal(), name="time")(t)
+        h = jnp.concatenate([e, h], axis=-1)
+        if given.vector is not None:
+            h, e = (jnp.concatenate([part, given.vector], axis=-1) for part in (h, e))
         for _ in range(self.depth):
-            h = self.activation(nn.Dense(self.hidden_size)(h))
+            h = self.layer(self.hidden_size, self.activation)(h, e)
         return nn.Dense(features)(h).reshape(x.shape).astype(x.dtype)

@@ -2,9 +2,9 @@
 
 (Ho et al. 2020, arXiv:2006.11239; Dhariwal and Nichol 2021, arXiv:2105.05233, "ADM"; MIT 6.S184, "U-Nets")
 
-Going down, an image is halved level by level and its channels grow; going up it is doubled, and every block also sees what
-was there going down. A residual block adds the embedding e of the time and the label between its convolutions,
-or scales and shifts by it:
+Going down, an image, a signal or a volume is halved level by level and its channels grow; going up it is doubled, and every block
+also sees what was there going down. A residual block adds the embedding e of the time and the label between its convolutions, or
+scales and shifts by it:
 
     r(h, e) = Skip(h) + Conv(silu(N(Conv(silu(N(h))) + Dense(silu(e))))),   N = GroupNorm in float32
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from fmjax.models import layers
+from fmjax.models import conditions, layers
 
 # PyTorch's first weights: uniform with variance 1 / (3 fan_in).
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -32,16 +32,19 @@ _zeros = nn.initializers.zeros_init()
 
 
 def convolve(x, kernel, stride=1) -> chex.ArrayDevice:
-    """A 3 x 3 convolution with a border of zeros. A stride of 2 begins at the first pixel, as PyTorch's does and "SAME" does not.
+    """A convolution 3 wide with a border of zeros. A stride of 2 begins at the first pixel, as PyTorch's does and "SAME" does not.
 
     Args:
-      x: images, (B, H, W, C).
-      kernel: (3, 3, C, D).
+      x: sequences, images or volumes, (B, *space, C).
+      kernel: (3, ..., C, D), a 3 for each axis of space.
       stride: 1 or 2.
     Returns:
-      (B, H / stride, W / stride, D), rounded up.
+      (B, *space, D), each side over the stride, rounded up.
     """
-    return lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    axes = x.ndim - 2
+    space = "DHW"[-axes:]
+    layout = (f"N{space}C", f"{space}IO", f"N{space}C")
+    return lax.conv_general_dilated(x, kernel, (stride,) * axes, ((1, 1),) * axes, dimension_numbers=layout)
 
 
 class Conv(nn.Module):
@@ -54,17 +57,21 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, h):
-        kernel = jnp.asarray(self.param("kernel", layers.as_matrix(self.kernel_init), (3, 3, h.shape[-1], self.channels)), self.dtype)
+        shape = (*(3,) * (h.ndim - 2), h.shape[-1], self.channels)
+        kernel = jnp.asarray(self.param("kernel", layers.as_matrix(self.kernel_init), shape), self.dtype)
         bias = jnp.asarray(self.param("bias", _zeros, (self.channels,)), self.dtype)
-        return convolve(h.astype(self.dtype), kernel, self.stride) + bias.reshape(1, 1, 1, -1)
+        return convolve(h.astype(self.dtype), kernel, self.stride) + bias.reshape((1,) * (h.ndim - 1) + (-1,))
 
 
 def _halve(h):
-    return nn.avg_pool(h, (2, 2), (2, 2))
+    sides = (2,) * (h.ndim - 2)
+    return nn.avg_pool(h, sides, sides)
 
 
 def _double(h):
-    return h.repeat(2, axis=1).repeat(2, axis=2)
+    for axis in range(1, h.ndim - 1):
+        h = h.repeat(2, axis=axis)
+    return h
 
 
 class Residual(nn.Module):
@@ -85,7 +92,7 @@ class Residual(nn.Module):
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(h)
         norm = layers.GroupNorm(self.groups, name="norm_out")
         e = layers.Dense(self.channels * (1 + self.scale_shift_norm), kernel_init=_uniform, dtype=self.dtype, name="embedding")(nn.silu(e))
-        e = e[:, None, None]
+        e = jnp.expand_dims(e, tuple(range(1, h.ndim - 1)))
         if self.scale_shift_norm:
             scale, shift = jnp.split(e, 2, axis=-1)
             h = norm(h) * (1 + scale) + shift
@@ -99,27 +106,36 @@ class Residual(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Self-attention among pixels, added to them; the channels of its first layer go by head, then q, k, v."""
+    """Self-attention among pixels, added to them; the channels of its first layer go by head, then q, k, v.
+
+    After it attention to a context, tokens and their mask, where it is given.
+    """
 
     num_heads: int
     groups: int = 32
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, h):
-        batch, height, width, channels = h.shape
+    def __call__(self, h, context=None):
+        batch, *_, channels = h.shape
         qkv = layers.Dense(3 * channels, kernel_init=_uniform, dtype=self.dtype, name="qkv")(layers.GroupNorm(self.groups, name="norm")(h))
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, self.num_heads, 3, channels // self.num_heads), 3, 0)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, -1, self.num_heads, 3, channels // self.num_heads), 3, 0)
         out = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
-        return h + layers.Dense(channels, kernel_init=_zeros, dtype=self.dtype, name="out")(out)
+        h = h + layers.Dense(channels, kernel_init=_zeros, dtype=self.dtype, name="out")(out)
+        if context is None:
+            return h
+        pixels = layers.GroupNorm(self.groups, name="norm_cross")(h).reshape(batch, -1, channels)
+        cross = layers.CrossAttention(self.num_heads, None, _uniform, self.dtype, name="cross_attention")
+        return h + cross(pixels, *context).reshape(h.shape)
 
 
 class UNet(nn.Module):
-    """A U-Net for images of any size that halves often enough.
+    """A U-Net for sequences, images and volumes of any size that halves often enough.
 
-    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, H, W, C) with H and W multiples of
-    2^(levels - 1), t is () or (B,), y is (B,) with `num_classes` for no class; the output is like x, or (B, H, W, 2C) with
-    `learn_sigma`. With dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+    `model.apply(params, x, t)` or, with classes, `model.apply(params, x, t, y)`: x is (B, T, C), (B, H, W, C) or (B, D, H, W, C) with
+    sides that are multiples of 2^(levels - 1), t is () or (B,), y is (B,) with `num_classes` for no class, or what `condition` takes;
+    the output is like x, or of twice the channels with `learn_sigma`. With dropout, training passes `deterministic=False` and
+    `rngs={"dropout": key}`.
     """
 
     model_channels: int = 128
@@ -135,6 +151,8 @@ class UNet(nn.Module):
     num_heads: int | None = None
     """Heads of the attention, in place of `head_dim`."""
     num_classes: int | None = None
+    condition: nn.Module | None = None
+    """What y is, in place of `num_classes`: a module of `conditions`. Tokens are seen wherever there is attention."""
     dropout: float = 0.1
     scale_shift_norm: bool = False
     """Whether the embedding scales and shifts what the second normalisation gives, rather than to be added before it."""
@@ -155,13 +173,18 @@ class UNet(nn.Module):
     def __call__(self, x, t, y=None, deterministic=True):
         channels = [int(self.model_channels * multiplier) for multiplier in self.channel_mult]
         self._check(x, channels)
-        layers.check_labels(self.num_classes, y, x)
+        given = conditions.embed(self, y, x, 4 * self.model_channels)
+        context = None if given.tokens is None else (given.tokens.astype(self.dtype), given.tokens_mask)
+        if context is not None and not self.attention_resolutions:
+            raise ValueError(
+                "The condition gives tokens, but attention_resolutions is (), and tokens are seen where there is attention: give the "
+                "resolutions that have it."
+            )
         frequencies = layers.Sinusoids(self.model_channels) if self.time_embedding is None else self.time_embedding
         embedding = layers.TimeEmbedding(4 * self.model_channels, frequencies, _uniform, self.dtype, name="time")
         e = embedding(layers.batch_times(t, x))
-        if self.num_classes is not None:
-            label = layers.LabelEmbedding(self.num_classes, 4 * self.model_channels, name="label")(y)
-            e = e + label.astype(self.dtype)
+        if given.vector is not None:
+            e = e + given.vector.astype(self.dtype)
 
         remat = functools.partial(nn.remat, static_argnums=(3, 4)) if self.remat else lambda module: module
 
@@ -173,10 +196,11 @@ class UNet(nn.Module):
             if shrink not in self.attention_resolutions and (shrink is not None or not self.attention_resolutions):
                 return h
             heads = self.num_heads or h.shape[-1] // self.head_dim
-            return (nn.remat(PixelAttention) if self.remat else PixelAttention)(heads, self.groups, self.dtype, name=name)(h)
+            return (nn.remat(PixelAttention) if self.remat else PixelAttention)(heads, self.groups, self.dtype, name=name)(h, context)
 
         last = len(channels) - 1
-        h = Conv(channels[0], dtype=self.dtype, name="in")(x)
+        inputs = x if given.image is None else jnp.concatenate([x, given.image.astype(x.dtype)], axis=-1)
+        h = Conv(channels[0], dtype=self.dtype, name="in")(inputs)
         seen = [h]
         for level, width in enumerate(channels):
             for i in range(self.num_res_blocks):
@@ -208,9 +232,9 @@ class UNet(nn.Module):
     def _check(self, x, channels):
         layers.require_images(x)
         multiple = 2 ** (len(channels) - 1)
-        if x.shape[1] % multiple or x.shape[2] % multiple:
+        if any(side % multiple for side in x.shape[1:-1]):
             raise ValueError(
-                f"The image of {x.shape[1]} x {x.shape[2]} pixels cannot be halved {len(channels) - 1} times, once per level after the "
+                f"x of {layers.by(x.shape[1:-1])} positions cannot be halved {len(channels) - 1} times, once per level after the "
                 f"first: its sides must be multiples of {multiple}."
             )
         for width in channels:

@@ -71,6 +71,11 @@ def trajectories(file, states, times, rows, columns=11):
     figure.savefig(file, dpi=DPI)
 
 
+def show_images(axes, images):
+    """Draws images (rows, columns, H, W, C) in [-1, 1] side by side, in a panel of one's own."""
+    _show(axes, _tile(images))
+
+
 def _figure(width, height):
     try:
         from matplotlib.figure import Figure

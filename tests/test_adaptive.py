@@ -1,5 +1,6 @@
 """Adaptive steps: errors below tolerance, samples on their own, evaluations as said, and what happens when steps run out."""
 
+import functools
 import importlib
 
 import diffrax
@@ -99,3 +100,21 @@ def test_wrong_fields_are_named():
         sampling.sample_ode_adaptive(lambda x, t: x[:, 0], jnp.zeros((2, 2)))
     with pytest.raises(TypeError, match="x_0 has dtype int32"):
         sampling.sample_ode_adaptive(FIELD, jnp.zeros((2, 2), int))
+
+
+def test_derivatives_backwards_and_forwards(key, x64):
+    """Of where a flow ends, in its start and in a parameter, by diffrax's adjoints, against the closed form."""
+    x_0 = jax.random.normal(key, (3, 2))
+
+    def end(scale, x_0, adjoint):
+        return sampling.sample_ode_adaptive(lambda x, t: scale * x, x_0, rtol=1e-8, atol=1e-8, adjoint=adjoint).x
+
+    def total(scale, adjoint=None):
+        return end(scale, x_0, adjoint).sum()
+
+    exact = float((x_0 * jnp.exp(0.7)).sum())
+    assert float(jax.jit(jax.grad(total))(0.7)) == pytest.approx(exact, rel=1e-6)
+    forwards = jax.jit(jax.jacfwd(functools.partial(total, adjoint=diffrax.ForwardMode())))
+    assert float(forwards(0.7)) == pytest.approx(exact, rel=1e-6)
+    pushed = jax.jit(lambda x: jax.jvp(lambda x: end(0.7, x, diffrax.DirectAdjoint()), (x,), (jnp.ones_like(x),))[1])(x_0)
+    np.testing.assert_allclose(pushed, np.exp(0.7), rtol=1e-6)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from fmjax import guidance
 from fmjax.models import conditions, dit, layers, mlp, unet
 from fmjax.models.conditions import Image, Label, Several, Tokens, Vector
 
@@ -261,6 +262,19 @@ def test_the_null_and_the_condition_in_one_batch():
     np.testing.assert_allclose(both[1], both[B + 1], rtol=1e-6)
     alone = jax.vmap(lambda x, t, y: model.apply(params, x[None], t, y[None])[0])(x, T, y)
     np.testing.assert_allclose(alone, both[B:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [("mlp", "label", "vector"), ("dit", "tokens"), ("dit", "image")], ids=" ".join)
+def test_guidance_by_each_kind(name):
+    """Is affine in the value under the condition and that under none, which nan and, of labels, their number stand for."""
+    model, x, y, params, _ = network(*name)
+    null = {"label": 5, "vector": jnp.nan} if isinstance(y, dict) else jnp.nan
+    none = {"label": jnp.full(B, 5), "vector": jnp.full((B, 3), jnp.nan)} if isinstance(y, dict) else jnp.full_like(y, jnp.nan)
+    field_y = jax.jit(lambda x, t, y: model.apply(params, x, t, y))
+    guided = guidance.classifier_free(field_y, y, null, 3.0)(x, 0.5)
+    np.testing.assert_allclose(guided, 3 * field_y(x, 0.5, y) - 2 * field_y(x, 0.5, none), rtol=1e-4, atol=1e-5)
+    dropped = guidance.drop_labels(KEY, y, null, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, dropped, none)
 
 
 def test_the_program_of_the_docs():

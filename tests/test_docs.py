@@ -7,6 +7,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import fmjax
@@ -91,6 +92,20 @@ def test_links_lead_to_files(document):
 )
 def test_names_are_found_in_code_alone(text, found):
     assert library_names(text) == found
+
+
+def test_the_programs_of_the_page_on_states_run():
+    """One after the other, as they stand."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "states.md").read_text(), re.DOTALL)
+    assert len(programs) == 3
+    names = {}
+    for program in programs:
+        exec(program, names)
+    means = {name: leaf.mean(0) for name, leaf in names["samples"].items()}
+    assert abs(float(means["pose"][0]) - (0.3 * 2 - 0.7 * 2)) < 0.5
+    assert jnp.isfinite(names["mean"])
+    # A network of zeros errs by the size of the target.
+    assert abs(float(names["loss"]) - 1) < 0.2
 
 
 def test_the_programs_of_the_page_on_solvers_run():

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import PATHS, TARGETS, mixture, name
 
 from fmjax import losses, marginals, paths, targets
+from fmjax.models import layers
 
 
 def draws(key, shape=(6, 4, 4, 3)):
@@ -230,6 +232,27 @@ def test_learnt_uncertainty_is_least_at_the_log_of_the_loss(x64):
     u = jnp.log(loss)
     np.testing.assert_allclose(jax.grad(lambda u: losses.learnt_uncertainty(loss, u).sum())(u), 0, atol=1e-12)
     np.testing.assert_allclose(losses.learnt_uncertainty(loss, u), 1 + u)
+
+
+def test_a_network_learns_the_size_of_the_loss(key):
+    """u(t) of `layers.LogVariance` comes near the log of the expected loss, here 1 + 9 t^2 times a chi-squared of one."""
+    model, optimizer = layers.LogVariance(), optax.adam(optax.cosine_decay_schedule(0.05, 300))
+    params = model.init(key, jnp.zeros(1))
+    np.testing.assert_array_equal(model.apply(params, jnp.linspace(0, 1, 5)), 0)
+
+    def body(carry, key):
+        params, state = carry
+        key_t, key_z = jax.random.split(key)
+        t = jax.random.uniform(key_t, (512,))
+        loss = (1 + 9 * t**2) * jax.random.normal(key_z, (512,)) ** 2
+        grads = jax.grad(lambda params: losses.learnt_uncertainty(loss, model.apply(params, t)).mean())(params)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(key, 300)
+    (params, _), _ = jax.jit(lambda params: jax.lax.scan(body, (params, optimizer.init(params)), keys))(params)
+    t = jnp.linspace(0.05, 0.95, 7)
+    np.testing.assert_allclose(model.apply(params, t), jnp.log(1 + 9 * t**2), atol=0.3)
 
 
 # Weightings in time, against their formulas in the log signal-to-noise ratio, written anew.

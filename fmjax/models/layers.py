@@ -113,6 +113,19 @@ class TimeEmbedding(nn.Module):
         return nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype)(h)
 
 
+class LogVariance(nn.Module):
+    """The u of `losses.learnt_uncertainty`, (B,) -> (B,): a dense layer, 0 at first, on the time's frequencies.
+
+    (Karras et al. 2024, arXiv:2312.02696, section 2.3)
+    """
+
+    frequency_embedding: nn.Module = Fourier(128)
+
+    @nn.compact
+    def __call__(self, t):
+        return nn.Dense(1, kernel_init=nn.initializers.zeros_init())(self.frequency_embedding(t))[:, 0]
+
+
 class LabelEmbedding(nn.Module):
     """A table with one vector per class and one more, the last, for no class.
 

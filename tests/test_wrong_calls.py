@@ -746,6 +746,18 @@ def stepped(state=None, **changes):
     return lambda: training.make_step(changes.pop("loss_fn", loss_fn), changes.pop("optimizer", ADAM), **changes)(state, KEY, BATCHES[0])
 
 
+VARIED = training.init({"w": jnp.ones(3)}, ADAM, variables={"n": 0})
+
+
+def beside(**numbers):
+    """A loss with numbers beside it."""
+    return lambda params, key, batch: (batch.mean(), numbers)
+
+
+def varied(variables):
+    return lambda params, old, key, batch: (batch.mean(), variables())
+
+
 def by_pmap(step):
     state = training.init({"w": jnp.ones(3)}, ADAM)
     return lambda: parallel.pmap(step, parallel.mesh(2))(state, KEY, BATCHES[0])
@@ -784,6 +796,29 @@ def measured(step, last=None):
         "metrics of many": (trained(step=lambda state, key, batch: (state, {"loss": jnp.ones(3)})), r"'loss' has shape \(3,\)"),
         "a loss per example": (stepped(loss_fn=lambda params, key, batch: batch.mean(1)), r"loss_fn gives shape \(4,\), .*\.mean\(\)"),
         "a loss with more": (stepped(loss_fn=lambda params, key, batch: (batch.mean(), 1)), "loss_fn gives a tuple of 2"),
+        "a loss in a list": (stepped(loss_fn=lambda params, key, batch: [batch.mean()]), "loss_fn gives a list, but it gives one number"),
+        "no loss": (stepped(loss_fn=lambda params, key, batch: None), "loss_fn gives a NoneType, but it gives one number"),
+        "a number of the step's own": (stepped(loss_fn=beside(grad_norm=1.0)), "names a number 'grad_norm', which a step has already"),
+        "a number per example": (stepped(loss_fn=beside(error=jnp.ones(4))), r"gives shape \(4,\) as 'error', .* take its mean"),
+        "a number that is none": (stepped(loss_fn=beside(error="much")), "gives a str as 'error', but metrics are real numbers"),
+        "a number without a name": (stepped(loss_fn=lambda params, key, batch: (batch.mean(), {1: 2.0})), "names a number 1, but"),
+        "a loss without variables": (stepped(VARIED), r"The state has variables, so loss_fn is called with \(params, variables, key"),
+        "variables that are not kept": (
+            stepped(VARIED, loss_fn=lambda *given: given[3].mean()),
+            r"gives shape \(\), but it gives \(loss, v",
+        ),
+        "numbers in their place": (
+            stepped(VARIED, loss_fn=varied(lambda: {"error": 1.0})),
+            r"variables of another structure .* \['n'\], \['e",
+        ),
+        "variables of another shape": (
+            stepped(VARIED, loss_fn=varied(lambda: {"n": jnp.ones(3)})),
+            r"another structure .* differ in \['n'\]",
+        ),
+        "variables the state has not": (
+            stepped(loss_fn=lambda params, variables, key, batch: (batch.mean(), variables)),
+            r"The state has no variables, .* init\(params, optimizer, variables=\.\.\.\)",
+        ),
         "another optimiser's state": (stepped(training.init({"w": jnp.ones(3)}, optax.sgd(0.1))), "opt_state is of another optimiser"),
         "fewer averages": (stepped(ema_decay=(0.9, 0.99)), r"has 2 decays: .*emas=2"),
         "more averages": (stepped(training.init({"w": jnp.ones(3)}, ADAM, emas=2)), "has 2 EMAs, but the step has one decay"),

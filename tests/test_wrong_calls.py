@@ -160,6 +160,17 @@ KINDS: dict[str, list[Wrong]] = {
         *right(numpy=np.linspace(0, 0.9, 4), a_list=[0.0, 0.3, 1.0], half=jnp.linspace(0, 1, 5, dtype=jnp.bfloat16)),
     ],
     "path's grid": wrong(beyond_data=np.array([0, 0.5, 1.5]), before_noise=np.array([-0.5, 0.5]), in_steps=np.array([0.0, 1, 2, 3])),
+    "batches": wrong(none=None, string="x", an_array=lambda _: X, a_tuple=lambda _: (X, T), nothing=[]),
+    "losses": [
+        *NOT_ARRAYS,
+        *wrong(a_number=1.0, fewer=lambda x: x[:2], column=lambda x: x[:, None], square=lambda x: jnp.ones((3, 3))),
+        *right(numpy=lambda x: np.asarray(x), half=lambda x: x.astype(jnp.bfloat16)),
+    ],
+    "edges": [
+        *wrong(none=None, string="x", a_number=1.0, one=np.zeros(1), square=np.eye(3), complex_numbers=np.array([0, 1j])),
+        *wrong(falling=np.array([1.0, 0.5, 0.0]), equal=np.array([0, 0.5, 0.5, 1]), nan=np.array([0, np.nan, 1])),
+        *right(a_list=[0.0, 0.3, 1.0], jax=jnp.array([0.0, 1.0])),
+    ],
     "count": wrong(none=None, string="3", zero=0, negative=-1, fraction=1.5, nan=np.nan, true=True, several=np.arange(1, 4)),
     "number": NUMBER,
     "positive": [*NUMBER, *wrong(zero=0.0, negative=-1.0)],
@@ -625,6 +636,19 @@ CALLS: dict[str, Call] = {
         lambda state, **a: training.make_step(**a)(state, KEY, X)[0].params,
         {"loss_fn": loss_fn, "optimizer": optax.sgd(0.1), "ema_decay": 0.9, "accumulate": 1, "state": STATE},
         {"loss_fn": "function", "optimizer": "function", "accumulate": "count", "ema_decay": "share", "state": "function"},
+    ),
+    **{
+        f"training.{name}": Call(
+            lambda function=function, **a: function(**a),
+            {"metric": lambda params, keys, batch: batch.sum(1), "state": None, "key": KEY, "batches": [X]},
+            {"metric": "function", "key": "key", "batches": "batches"},
+        )
+        for name, function in (("evaluate", training.evaluate), ("per_example", lambda **a: list(training.per_example(**a))))
+    },
+    "training.loss_by_time": Call(
+        lambda losses, times, edges: training.loss_by_time(losses, times, edges)[2],
+        {"losses": T, "times": T, "edges": np.linspace(0, 1, 3)},
+        {"losses": "losses", "times": "losses", "edges": "edges"},
     ),
     "parallel.sample": Call(
         functools.partial(parallel.sample, progress=False),

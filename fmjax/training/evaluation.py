@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fmjax import checks
@@ -171,7 +172,7 @@ def loss_by_time(losses, times, edges) -> tuple[Any, Any, Any]:
     edges = np.asarray(edges, np.float64)
     if jnp.ndim(losses) != 1 or jnp.shape(losses) != jnp.shape(times) or not jnp.size(losses):
         raise ValueError(f"losses have shape {jnp.shape(losses)} and times {jnp.shape(times)}, but there is one time per loss, (N,).")
-    if not isinstance(times, jax.core.Tracer):
+    if not isinstance(times, Tracer):
         given = np.asarray(times, np.float64)
         # In the precision of the times, where an edge is rounded as they are.
         outside = ~((given >= edges[0] - 1e-6) & (given <= edges[-1] + 1e-6))

@@ -30,7 +30,7 @@ def evaluate(loss_fn, params, variables, key, batch):
     else:
         given = loss_fn(params, variables, key, batch)
         form = '(loss, variables) or (loss, {"name": number}, variables), since the state has variables'
-    parts = given if isinstance(given, tuple) else (given,)
+    parts: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
     least = 1 if variables is None else 2
     numbers = parts[1] if len(parts) == least + 1 else {}
     if not least <= len(parts) <= least + 1 or not _is_number(parts[0]) or not isinstance(numbers, dict):

@@ -72,7 +72,7 @@ def folder(state, tmp_path_factory):
         (lambda: init(Network(), optax.sgd(0.1), emas=2), r"but of another optimiser and other averages"),
         (
             lambda: init(Network(classes=12)),
-            r"is of another model, whose parameters differ: params\..*restore_matching\(folder, params, part='ema'",
+            r"is of another model: params\..* The parameters differ: .*restore_matching\(folder, params, part='ema'",
         ),
         (lambda: init(Network()).params, r"is of another model: .*restore_part\(folder, 'params', like\), or 'ema'"),
     ],
@@ -307,5 +307,5 @@ def test_another_optimiser_is_no_other_model(tmp_path):
     with checkpoints.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(trained(ADAM), wait=True)
         other = training.Run(training.init({"w": jnp.ones(4), "b": {"w": jnp.ones(2)}}, optax.sgd(0.1)), KEY)
-        with pytest.raises(ValueError, match=r"is of another model, whose parameters differ: params\.w is float32\[3\] there"):
+        with pytest.raises(ValueError, match=r"is of another model: params\.w is float32\[3\] there .* The parameters differ"):
             checkpointer.resume(other, new_optimizer=True)

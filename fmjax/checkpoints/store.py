@@ -250,7 +250,7 @@ def _another(folder, different, saved, wanted):
     parts = list(dict.fromkeys(name.partition(".")[0] for name in different))
     if "params" in parts:
         return (
-            f"The checkpoint at {folder} is of another model, whose parameters differ: {listed}. Give the model that it was saved with; or "
+            f"The checkpoint at {folder} is of another model: {listed}. The parameters differ: give the model that it was saved with; or "
             "begin another training from what fits by checkpoints.restore_matching(folder, params, part='ema', new=(...), unused=(...))."
         )
     names = {"opt_state": "another optimiser", "ema": "other averages", "variables": "other variables"}

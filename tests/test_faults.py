@@ -182,6 +182,36 @@ def test_told_to_end_between_two_logs(tmp_path, cache, by_five, signals):
     assert_same(tmp_path, by_five)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("adamw", "clipped adamw", None),
+        ("adam", "adam with a schedule", None),
+        ("adam", "sgd with momentum", "opt_state.0.trace is new, and opt_state.0.count, opt_state.0.mu, opt_state.0.nu are left"),
+    ],
+)
+def test_another_optimiser_when_it_goes_on(tmp_path, cache, before, after, said):
+    """It is asked for by one argument, which the error without it names; a killed training goes on with the same call."""
+    run(tmp_path, cache=cache, optimizer=before, steps=6)
+    if said is None:
+        status, printed = Worker(tmp_path, cache=cache, optimizer=after).end()
+        assert status != 0
+        assert "but of another optimiser" in printed
+        assert "resume(run, new_optimizer=True)" in printed
+    else:
+        worker = Worker(tmp_path, cache=cache, optimizer=after, new_optimizer=True, pause=0.1)
+        assert worker.until("row 14"), worker.lines
+        worker.kill()
+        _, printed = worker.end()
+        assert "from 6" in printed
+        assert said in printed
+    # What was new is there then.
+    assert "Of the optimiser's state" not in run(tmp_path, cache=cache, optimizer=after, new_optimizer=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, 25, 2))
+    assert int(final(tmp_path)[".step"]) == 24
+
+
 def test_a_folder_that_is_deleted_on_the_way(tmp_path, cache, undisturbed):
     folder = tmp_path / "run"
     worker = Worker(folder, cache=cache, pause=0.1)

@@ -160,6 +160,17 @@ KINDS: dict[str, list[Wrong]] = {
         *right(numpy=np.linspace(0, 0.9, 4), a_list=[0.0, 0.3, 1.0], half=jnp.linspace(0, 1, 5, dtype=jnp.bfloat16)),
     ],
     "path's grid": wrong(beyond_data=np.array([0, 0.5, 1.5]), before_noise=np.array([-0.5, 0.5]), in_steps=np.array([0.0, 1, 2, 3])),
+    "batches": wrong(none=None, string="x", an_array=lambda _: X, a_tuple=lambda _: (X, T), nothing=[]),
+    "losses": [
+        *NOT_ARRAYS,
+        *wrong(a_number=1.0, fewer=lambda x: x[:2], column=lambda x: x[:, None], square=lambda x: jnp.ones((3, 3))),
+        *right(numpy=lambda x: np.asarray(x), half=lambda x: x.astype(jnp.bfloat16)),
+    ],
+    "edges": [
+        *wrong(none=None, string="x", a_number=1.0, one=np.zeros(1), square=np.eye(3), complex_numbers=np.array([0, 1j])),
+        *wrong(falling=np.array([1.0, 0.5, 0.0]), equal=np.array([0, 0.5, 0.5, 1]), nan=np.array([0, np.nan, 1])),
+        *right(a_list=[0.0, 0.3, 1.0], jax=jnp.array([0.0, 1.0])),
+    ],
     "count": wrong(none=None, string="3", zero=0, negative=-1, fraction=1.5, nan=np.nan, true=True, several=np.arange(1, 4)),
     "number": NUMBER,
     "positive": [*NUMBER, *wrong(zero=0.0, negative=-1.0)],
@@ -672,6 +683,19 @@ CALLS: dict[str, Call] = {
         {"loss_fn": loss_fn, "optimizer": optax.sgd(0.1), "ema_decay": 0.9, "accumulate": 1, "state": STATE},
         {"loss_fn": "function", "optimizer": "function", "accumulate": "count", "ema_decay": "share", "state": "function"},
     ),
+    **{
+        f"training.{name}": Call(
+            lambda function=function, **a: function(**a),
+            {"metric": lambda params, keys, batch: batch.sum(1), "state": None, "key": KEY, "batches": [X]},
+            {"metric": "function", "key": "key", "batches": "batches"},
+        )
+        for name, function in (("evaluate", training.evaluate), ("per_example", lambda **a: list(training.per_example(**a))))
+    },
+    "training.loss_by_time": Call(
+        lambda losses, times, edges: training.loss_by_time(losses, times, edges)[2],
+        {"losses": T, "times": T, "edges": np.linspace(0, 1, 3)},
+        {"losses": "losses", "times": "losses", "edges": "edges"},
+    ),
     "parallel.sample": Call(
         functools.partial(parallel.sample, progress=False),
         {"function": lambda keys, indices: jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys), "key": KEY, "n": 3, "chunk": 2},
@@ -792,6 +816,18 @@ def stepped(state=None, **changes):
     return lambda: training.make_step(changes.pop("loss_fn", loss_fn), changes.pop("optimizer", ADAM), **changes)(state, KEY, BATCHES[0])
 
 
+VARIED = training.init({"w": jnp.ones(3)}, ADAM, variables={"n": 0})
+
+
+def beside(**numbers):
+    """A loss with numbers beside it."""
+    return lambda params, key, batch: (batch.mean(), numbers)
+
+
+def varied(variables):
+    return lambda params, old, key, batch: (batch.mean(), variables())
+
+
 def by_pmap(step):
     state = training.init({"w": jnp.ones(3)}, ADAM)
     return lambda: parallel.pmap(step, parallel.mesh(2))(state, KEY, BATCHES[0])
@@ -843,6 +879,29 @@ def measured(step, last=None):
         "metrics of many": (trained(step=lambda state, key, batch: (state, {"loss": jnp.ones(3)})), r"'loss' has shape \(3,\)"),
         "a loss per example": (stepped(loss_fn=lambda params, key, batch: batch.mean(1)), r"loss_fn gives shape \(4,\), .*\.mean\(\)"),
         "a loss with more": (stepped(loss_fn=lambda params, key, batch: (batch.mean(), 1)), "loss_fn gives a tuple of 2"),
+        "a loss in a list": (stepped(loss_fn=lambda params, key, batch: [batch.mean()]), "loss_fn gives a list, but it gives one number"),
+        "no loss": (stepped(loss_fn=lambda params, key, batch: None), "loss_fn gives a NoneType, but it gives one number"),
+        "a number of the step's own": (stepped(loss_fn=beside(grad_norm=1.0)), "names a number 'grad_norm', which a step has already"),
+        "a number per example": (stepped(loss_fn=beside(error=jnp.ones(4))), r"gives shape \(4,\) as 'error', .* take its mean"),
+        "a number that is none": (stepped(loss_fn=beside(error="much")), "gives a str as 'error', but metrics are real numbers"),
+        "a number without a name": (stepped(loss_fn=lambda params, key, batch: (batch.mean(), {1: 2.0})), "names a number 1, but"),
+        "a loss without variables": (stepped(VARIED), r"The state has variables, so loss_fn is called with \(params, variables, key"),
+        "variables that are not kept": (
+            stepped(VARIED, loss_fn=lambda *given: given[3].mean()),
+            r"gives shape \(\), but it gives \(loss, v",
+        ),
+        "numbers in their place": (
+            stepped(VARIED, loss_fn=varied(lambda: {"error": 1.0})),
+            r"variables of another structure .* \['n'\], \['e",
+        ),
+        "variables of another shape": (
+            stepped(VARIED, loss_fn=varied(lambda: {"n": jnp.ones(3)})),
+            r"another structure .* differ in \['n'\]",
+        ),
+        "variables the state has not": (
+            stepped(loss_fn=lambda params, variables, key, batch: (batch.mean(), variables)),
+            r"The state has no variables, .* init\(params, optimizer, variables=\.\.\.\)",
+        ),
         "another optimiser's state": (stepped(training.init({"w": jnp.ones(3)}, optax.sgd(0.1))), "opt_state is of another optimiser"),
         "fewer averages": (stepped(ema_decay=(0.9, 0.99)), r"has 2 decays: .*emas=2"),
         "more averages": (stepped(training.init({"w": jnp.ones(3)}, ADAM, emas=2)), "has 2 EMAs, but the step has one decay"),

@@ -33,8 +33,17 @@ importlib.import_module("tensorboardX")
 DEFAULTS = {
     **{"steps": 24, "log_every": 2, "save_every": 2, "keep": 3, "sharding": "replicated", "devices": 1},
     **{"processes": 1, "index": 0, "port": 0, "timeout": 100, "connect": 300},
+    # Whether the optimiser may be another than that of the checkpoint.
+    **{"optimizer": "adam", "new_optimizer": False},
     # Seconds that a log, a batch and the end of a write take.
     **{"pause": 0.0, "wait": 0.0, "write": 0.0},
+}
+OPTIMIZERS = {
+    "adam": optax.adam(1e-3),
+    "adamw": optax.adamw(1e-3),
+    "clipped adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    "adam with a schedule": optax.adam(optax.linear_schedule(1e-3, 0.0, 24)),
+    "sgd with momentum": optax.sgd(1e-3, momentum=0.9),
 }
 
 
@@ -52,7 +61,7 @@ def main(given):
         at = f"localhost:{config['port']}"
         parallel.initialize(at, config["processes"], config["index"], connect=config["connect"], timeout=config["timeout"])
     mesh = parallel.mesh()
-    model, optimizer = mlp.MLP(hidden_size=64, depth=2), optax.adam(1e-3)
+    model, optimizer = mlp.MLP(hidden_size=64, depth=2), OPTIMIZERS[config["optimizer"]]
     points = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
 
     def loss_fn(params, key, batch):
@@ -96,7 +105,7 @@ def main(given):
 
     files.checksums = slow_checksums
     with checkpoints.Checkpointer(folder / "checkpoints", keep=config["keep"]) as checkpointer:
-        run = checkpointer.resume(training.Run(state, key))
+        run = checkpointer.resume(training.Run(state, key), new_optimizer=config["new_optimizer"])
         print(f"from {int(run.state.step)}", flush=True)
 
         def logged(run, metrics):

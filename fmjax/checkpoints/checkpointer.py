@@ -13,6 +13,7 @@ import jax
 from fmjax import checks, files, parallel, training
 from fmjax.checkpoints.folders import ORBAX, PART, first_line, free_name, is_checkpoint, lock, named, remove, steps_in
 from fmjax.checkpoints.leaves import plain_key, same
+from fmjax.checkpoints.parts import for_optimizer
 from fmjax.checkpoints.store import CorruptCheckpoint, begin, index_of, read
 
 
@@ -97,29 +98,35 @@ class Checkpointer:
             if wait:
                 self._finish()
 
-    def resume(self, run) -> training.Run:
+    def resume(self, run, *, new_optimizer=False) -> training.Run:
         """The run of the last checkpoint that is whole, or the one that is given where there is none yet.
 
         A damaged checkpoint is named in a warning and renamed, and the one before it is used.
 
         Args:
           run: to begin with, a `training.Run`; the shardings of its state's arrays say where those of the result lie.
+          new_optimizer: whether the run's optimiser may be another than that of the checkpoint: the step, the parameters, averages,
+            variables, the place in the data and the history are as they were saved, and so is what of the optimiser's state has the same
+            name and shape, such as moments and counts, whatever its place in an `optax.chain`; the rest is as in the run given, and named
+            in a warning. The same call goes on with it when the run is resumed again.
         Returns:
           A `training.Run`.
         Raises:
           TypeError: if it is no `Run`.
           CorruptCheckpoint: if there are checkpoints and none is whole.
-          ValueError: if the last is of another model, or was begun with another key, or the folder has checkpoints of Orbax's own.
+          ValueError: if the last is of another model, or of another optimiser without `new_optimizer`, or was begun with another key, or
+            the folder has checkpoints of Orbax's own.
         """
         training.check_run(run)
-        steps = self.steps()
+        steps, of_optimizer = self.steps(), []
+        choose = for_optimizer(of_optimizer) if new_optimizer else None
         others = [file.parent for file in sorted(self.folder.glob(f"*/{ORBAX}")) if file.parent.name.isdecimal()]
         if others and not steps:
             raise ValueError(f"{self.folder} has checkpoints of Orbax's own, such as {others[0]}: give another folder.")
         for step in reversed(steps):
             folder = self.folder / str(step)
             try:
-                state, beside = read(folder, run.state)
+                state, beside = read(folder, run.state, choose)
             except CorruptCheckpoint as error:
                 if step == steps[0]:
                     raise
@@ -135,6 +142,8 @@ class Checkpointer:
                     f"The run in {self.folder} was begun with the key {beside['key']}, but {key} is given: give its seed or another folder."
                 )
             self._knows = True
+            if of_optimizer:
+                warnings.warn(f"{of_optimizer[-1]} The checkpoint is that at {folder}.", stacklevel=2)
             if beside["position"] is None and step:
                 warnings.warn(
                     f"The checkpoint at {folder} knows no place in the data: its batches had no get_state(). Set them to what comes after "

@@ -156,16 +156,20 @@ def begin(folder, tree, beside):
     return finish
 
 
-def read(folder, like):
-    """A checkpoint's pytree, and what stands beside it."""
+def read(folder, like, choose=None):
+    """A checkpoint's pytree, and what stands beside it.
+
+    `choose` is a function (folder, saved, wanted) -> {name: name there, or None}, of the leaves' kinds there and those of `like`, both by
+    name; where it says None the leaf of `like` stays. By default they must be the same.
+    """
     index = index_of(folder)
     try:
-        return _load(folder, index, like), index["beside"]
+        return _load(folder, index, like, choose or exactly), index["beside"]
     except CorruptCheckpoint:
         # It may have been replaced meanwhile.
         if index_of(folder)["data"] == index["data"]:
             raise
-    return read(folder, like)
+    return read(folder, like, choose)
 
 
 def index_of(folder):
@@ -202,36 +206,87 @@ def index_of(folder):
     return index
 
 
-def _load(folder, index, like):
-    saved, wanted = index["leaves"], leaves_of(like)
-    different = []
-    for name in saved | wanted:
-        here = describe(name, wanted[name]) if name in wanted else "missing"
-        there = saved.get(name, "missing")
-        # Training makes an array of a number.
-        if here != there and not (here in ("int", "float", "bool") and there == describe(name, jnp.asarray(wanted[name]))):
-            different.append(f"{name} is {there} there and {here} here")
+def exactly(folder, saved, wanted):
+    """Each leaf by its own name; raises unless the checkpoint has these and no others."""
+    different = [name for name in saved | wanted if not fits(name, saved.get(name), wanted.get(name))]
     if different:
-        more = f", and {len(different) - 3} more leaves differ" if len(different) > 3 else ""
-        raise ValueError(
-            f"The checkpoint at {folder} is of another model: {'; '.join(different[:3])}{more}. Give the model and the optimiser that it "
-            "was saved with."
+        raise ValueError(_another(folder, different, saved, wanted))
+    return {name: name for name in wanted}
+
+
+def fits(name, there, leaf):
+    """Whether a leaf of this kind is restored into that one."""
+    if there is None or leaf is None:
+        return False
+    here = describe(name, leaf)
+    # Training makes an array of a number.
+    return here == there or (here in ("int", "float", "bool") and there == describe(name, jnp.asarray(leaf)))
+
+
+def say(name, saved, wanted):
+    """In what a leaf differs."""
+    here = describe(name, wanted[name]) if name in wanted else "missing"
+    return f"{name} is {saved.get(name, 'missing')} there and {here} here"
+
+
+CURES = {
+    "opt_state": "Give the optimiser that it was saved with, or go on with this one by Checkpointer(...).resume(run, new_optimizer=True). "
+    "To sample, checkpoints.restore_part(folder, 'ema') reads the average alone.",
+    "ema": "Give init as many emas as it was saved with. To sample, checkpoints.restore_part(folder, 'ema') reads what there is.",
+    "variables": "Give init the variables that it was saved with.",
+}
+"""What to do where a part of the state alone differs."""
+
+
+def _another(folder, different, saved, wanted):
+    """What to say of a checkpoint that is not like the pytree it is to be restored into."""
+    more = f", and {len(different) - 3} more leaves differ" if len(different) > 3 else ""
+    listed = f"{'; '.join(say(name, saved, wanted) for name in different[:3])}{more}"
+    if not all({"step", "params"} <= {name.partition(".")[0] for name in names} for names in (saved, wanted)):
+        cure = "Give the model and the optimiser that it was saved with; checkpoints.restore_part reads a part of it."
+        if wanted and all(fits(name, saved.get(f"params.{name}"), leaf) for name, leaf in wanted.items()):
+            cure = "To read these alone, checkpoints.restore_part(folder, 'params', like), or 'ema' for their average."
+        return f"The checkpoint at {folder} is of another model: {listed}. {cure}"
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in different))
+    if "params" in parts:
+        return (
+            f"The checkpoint at {folder} is of another model: {listed}. The parameters differ: give the model that it was saved with; or "
+            "begin another training from what fits by checkpoints.restore_matching(folder, params, part='ema', new=(...), unused=(...))."
         )
-    targets = {name: abstract(leaf) for name, leaf in wanted.items() if name not in index["plain"]}
+    names = {"opt_state": "another optimiser", "ema": "other averages", "variables": "other variables"}
+    what = " and ".join(names.get(part, f"another {part}") for part in parts)
+    return (
+        f"The checkpoint at {folder} is not of another model, whose parameters would differ, but of {what}: {listed}. "
+        f"{' '.join(CURES[part] for part in parts if part in CURES)}"
+    )
+
+
+def _load(folder, index, like, choose):
+    wanted = leaves_of(like)
+    there = choose(folder, index["leaves"], wanted)
+    plain = {name: index["plain"][at] for name, at in there.items() if at in index["plain"]}
+    kept = {name: wanted[name] for name, at in there.items() if at is None}
+    targets = {at: abstract(wanted[name]) for name, at in there.items() if name not in plain and name not in kept}
     parallel.require_memory([leaf for leaf in targets.values() if isinstance(leaf, jax.ShapeDtypeStruct)])
     verify(folder / index["data"], index["files"])
     arrays = {name: leaf for name, leaf in targets.items() if leaf.size}
     try:
-        found: dict[str, Any] = ocp.load(str(folder / index["data"]), arrays) if arrays else {}
+        with _settings():
+            found: dict[str, Any] = ocp.load(str(folder / index["data"]), arrays) if arrays else {}
     except Exception as error:
         raise CorruptCheckpoint(f"The checkpoint at {folder} is damaged: {first_line(error)}") from error
     for name, leaf in targets.items():
         if not leaf.size:
             empty = np.zeros(leaf.shape, leaf.dtype)
             found[name] = empty if isinstance(leaf, np.ndarray) else jax.device_put(empty, leaf.sharding)
-        if is_key(wanted[name]):
-            found[name] = jax.random.wrap_key_data(found[name], impl=_impl(wanted[name]))
-    return jax.tree.structure(like).unflatten([index["plain"].get(name, found.get(name)) for name in wanted])
+    restored, given = plain | kept, set()
+    for name, at in there.items():
+        if name not in restored:
+            # Where two leaves are of one there, each has its own array.
+            value = jnp.copy(found[at]) if at in given else found[at]
+            given.add(at)
+            restored[name] = jax.random.wrap_key_data(value, impl=_impl(wanted[name])) if is_key(wanted[name]) else value
+    return jax.tree.structure(like).unflatten([restored[name] for name in wanted])
 
 
 def verify(folder, expected):
@@ -256,7 +311,9 @@ def _seal(index):
 
 
 def _settings():
-    """Orbax's settings for a save."""
+    """Orbax's settings."""
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE
+    # What is asked for, and nothing else, is read.
+    context.pytree.loading.partial_load = True
     return context

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+
+from fmjax import checks
 
 
 def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, process_index=None, process_count=None) -> Iterator:
@@ -54,6 +57,28 @@ def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, proce
     order = parts[process_index::process_count].repeat(epochs)
     iterator = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
     return _Batches(iterator, {"examples": len(source), "size": size, "seed": seed, "shuffle": shuffle})
+
+
+def in_order(source, size) -> Iterator:
+    """Every example of a source once, in its order, as `training.evaluate` takes them; the last batch may be smaller.
+
+    Args:
+      source: has a length and gives examples, pytrees of numpy such as pairs `(image, label)`.
+      size: of a batch.
+    Returns:
+      An iterator of batches, pytrees of arrays (size, ...).
+    Raises:
+      ValueError: if size is not a whole number of at least 1, or the source is empty.
+    """
+    checks.whole("size", size, "how many examples a batch has")
+    if not len(source):
+        raise ValueError("The source has no examples, so there are no batches of it.")
+
+    def stacked(start):
+        examples = [source[i] for i in range(start, min(start + size, len(source)))]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+
+    return map(stacked, range(0, len(source), size))
 
 
 class _Batches:

@@ -8,6 +8,8 @@ class Batches:
     """Batches of an iterable, or of a function of the step, and where they are."""
 
     def __init__(self, batches: Any, position, step):
+        # Without data every step is where the next one is, as with a function of the step.
+        batches = (lambda n: None) if batches is None else batches
         self._position = step if callable(batches) and not hasattr(batches, "__iter__") else None
         self._start = step
         self._batches: Any = batches

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import signal
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from fmjax import checks, files
 from fmjax.training.batches import Batches
+from fmjax.training.gradients import OURS
 from fmjax.training.progress import bar
 from fmjax.training.run import Interrupted, NonFiniteLoss, Preempted, Run, check_position, check_run
 from fmjax.training.signals import Signals
@@ -32,7 +34,7 @@ def fit(
       run: where to start, `Run(state, key)` at first; a copy of the state is trained, so the one given stays whole, unless `donate`. Arrays
         stay on the devices that they are on.
       batches: an iterable of batches, which is set to the run's position where it has one (`get_state` and `set_state`); or a function
-        of the number of the step, as `lambda n: take(jax.random.fold_in(key, n))`.
+        of the number of the step, as `lambda n: take(jax.random.fold_in(key, n))`; or None where there are no data, and each batch is None.
       steps: the number of steps that the state has at the end.
       log_every: steps between two logs.
       callbacks: functions `(run, metrics) -> None`, called in their order at every log with the run so far and the newest of its history,
@@ -48,7 +50,9 @@ def fit(
     Returns:
       The run, with `state` and `history`.
     Raises:
-      NonFiniteLoss: if a loss, a gradient, an update or a parameter is not finite, at the log after it came.
+      NonFiniteLoss: if a loss, a gradient, an update or a parameter is not finite, at the log after it came. So is any other number of
+        the step's metrics, unless they have an `update_norm`, which says that the state is finite: then the number is logged as it is,
+        with a warning the first time.
       Preempted: after SIGTERM; it ends the process with status `PREEMPTED` unless it is caught.
       Interrupted: after Ctrl-C, a KeyboardInterrupt.
       TypeError: if the run is no `Run`, has a place in the data and the batches cannot be set, or one that cannot be saved.
@@ -161,6 +165,8 @@ class _Course:
         # The metrics since the last log, those still on the device, and the positions before each of these steps and after the last.
         self._unlogged, self._pending, self._positions = list(run.unlogged), [], [self.batches.position()]
         self._key, self._history, self._saves = run.key, run.history, saves
+        # Numbers beside the loss that a warning has said are not finite.
+        self._named = set()
 
     def take(self, batch, position):
         """A step; nothing waits for it."""
@@ -184,12 +190,20 @@ class _Course:
         fetched = jax.device_get(self._pending)
         good, wrong = 0, None
         for metrics, taken in fetched:
-            bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+            bad = [f"{name} {value}" for name, value in _of_the_state(metrics).items() if not math.isfinite(value)]
             if bad or not taken:
                 wrong = " and ".join(bad) or "a state whose step is not one more than before"
                 break
             self._unlogged.append({name: float(value) for name, value in metrics.items()})
             good += 1
+            measured = {name: value for name, value in self._unlogged[-1].items() if name not in self._named and not math.isfinite(value)}
+            self._named |= measured.keys()
+            for name, value in measured.items():
+                warnings.warn(
+                    f"The number {name!r} beside the loss is {value} at a step: it is logged as it is, and "
+                    "training goes on, since the state is finite. Have the loss function give another number where it has none.",
+                    stacklevel=4,
+                )
         # What was fetched is not fetched again.
         del self._pending[:], self._positions[:good]
         return Run(self.state, self._key, self._positions[0], self._history, tuple(self._unlogged)), wrong
@@ -202,6 +216,8 @@ class _Course:
             advice = "Try a lower learning rate or gradient clipping, or check the data for nan and for labels out of range."
             if wrong.startswith("update_norm"):
                 advice = "The loss and its gradient are finite, so the optimiser made it: check its learning rate at this step."
+                if run.state.variables is not None:
+                    advice = f"{advice} Or it is in the variables that the loss function gives."
             raise NonFiniteLoss(
                 f"{wrong} at step {at}: the step was not taken, and the run before it is this error's `run`"
                 f"{' and was saved' if self._saves and at > self.start else ''}. {advice}",
@@ -247,7 +263,7 @@ def _compiled(step, run, donate):
         _check_metrics(metrics)
         taken = new.step == state.step + 1
         # After a step that was not finite no other is taken, so that the state is the one before it.
-        alive &= jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all() & taken
+        alive &= jnp.isfinite(jnp.stack(jax.tree.leaves(_of_the_state(metrics)))).all() & taken
         return finite_where(alive, new, state), alive, metrics, taken
 
     state = _distinct(run.state) if donate else jax.tree.map(jnp.copy, run.state)
@@ -283,6 +299,11 @@ def _not_finite(state):
 def _count(leaf):
     # A program for each shape; one for all arrays would take a third of the time to compile the step.
     return jnp.sum(~jnp.isfinite(leaf))
+
+
+def _of_the_state(metrics):
+    """The metrics that are not finite where the state would not be: all of them, unless an update_norm says so."""
+    return {name: value for name, value in metrics.items() if name in OURS or "update_norm" not in metrics}
 
 
 def _check_metrics(metrics):

@@ -15,7 +15,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments import dynamics, gallery, images, run_folder, toy
+from experiments import conditions, dynamics, gallery, images, predictions, run_folder, toy
 from fmjax import files, paths, training
 from fmjax.data import latents
 from fmjax.models import unet
@@ -96,10 +96,10 @@ def test_dynamics(tmp_path):
 @pytest.mark.parametrize(
     "parse",
     [
-        *(functools.partial(tyro.cli, experiment.Config) for experiment in (dynamics, gallery, toy)),
+        *(functools.partial(tyro.cli, experiment.Config) for experiment in (conditions, dynamics, gallery, predictions, toy)),
         lambda args: images.parse(["digits", *args]),
     ],
-    ids=["dynamics", "gallery", "toy", "images"],
+    ids=["conditions", "dynamics", "gallery", "predictions", "toy", "images"],
 )
 def test_unknown_flags_are_refused(parse, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -401,6 +401,42 @@ def test_data_from_files_and_folders(tmp_path):
     with pytest.raises(SystemExit, match=r"--eval-every is 15: give a multiple of --log-every, 10"):
         images.main(dataclasses.replace(small, log_every=10, save_every=20, eval_every=15))
     assert not (tmp_path / "run").exists()
+
+
+def test_conditions_against_the_exact_distribution(tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "KINDS", {"label and vector": conditions.KINDS["label and vector"]})
+    small = conditions.Config(tmp_path, steps=4, batch=16, samples=8, guidance=(2.0,), results=tmp_path / "results.json")
+    conditions.main(small)
+    report = read(tmp_path, ["guidance.png", "config.json"])
+    assert set(report) == {f"label and vector at guidance 2: {what}, largest error in standard errors" for what in ("mean", "deviation")}
+    assert json.loads((tmp_path / "results.json").read_text())[tmp_path.name].items() >= report.items()
+
+
+@pytest.mark.parametrize("kind", conditions.KINDS)
+def test_conditions_draw_what_they_say(kind):
+    """The data without a condition have the mean and the covariance that the exact field is of."""
+    kind = conditions.KINDS[kind]
+    mean = np.asarray(kind.mean(kind.draw(jax.random.key(0), 4000))).reshape(4000, -1)
+    weights, means = (np.asarray(part, np.float64) for part in (kind.whole.weights, kind.whole.means))
+    weights, means = weights / weights.sum(), means.reshape(len(means), -1)
+    within = float(kind.whole.scales) ** 2 - conditions.SCALE**2
+    expected = (
+        within * np.eye(means.shape[1]) + np.einsum("k,ki,kj->ij", weights, means, means) - np.outer(weights @ means, weights @ means)
+    )
+    np.testing.assert_allclose(mean.mean(0), weights @ means, atol=0.12)
+    np.testing.assert_allclose(np.cov(mean.T), expected, atol=0.2)
+
+
+def test_predictions_side_by_side(tmp_path, monkeypatch):
+    of_all = predictions.predictions
+    monkeypatch.setattr(predictions, "predictions", lambda sigma: {name: of_all(sigma)[name] for name in ("velocity", "EDM")})
+    predictions.main(predictions.Config(tmp_path, sets=("pinwheel",), steps=20, samples=50, evaluations=3))
+    report = read(tmp_path, ["samples.png", "config.json"])
+    assert set(report) == {f"pinwheel, {name}: distance over that of data to data" for name in ("velocity", "EDM")}
+    data = predictions.handwritten(predictions.Config(tmp_path, samples=50))
+    x_1, y = data.draw(jax.random.key(0), 4)
+    assert (x_1.shape, y[0].shape, len(data.labels[0])) == ((4, 8, 8, 1), (4,), 50)
+    assert data.distance(np.asarray(data.draw(jax.random.key(0), 50)[0])) < 3
 
 
 def test_another_process_of_any_experiment_is_named(tmp_path):

@@ -14,6 +14,8 @@ over all leaves of a state that is a pytree. Weightings in time are functions of
 `targets.weight` into one of what the network predicts.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ def _spread(name, value, x, state):
     return checks.multiplier(name, value, x)
 
 
-def _mask(mask, x, state):
+def _mask(mask, x, state) -> Any:
     """What counts, bool, of the shape of the state laid out as one array; None where all of it does."""
     if mask is None:
         return None

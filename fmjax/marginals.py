@@ -118,7 +118,7 @@ def _layout(distribution):
     return states.layout(distribution.points if isinstance(distribution, Empirical) else distribution.means)
 
 
-def _flat(distribution):
+def _flat(distribution) -> Any:
     """The same distribution of one array, where it is of a pytree."""
     if (layout := _layout(distribution)) is None:
         return distribution

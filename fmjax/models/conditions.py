@@ -15,7 +15,7 @@ what is computed from it, nor in gradients.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ class Several(nn.Module):
                 each = each._replace(tokens_mask=jnp.ones(each.tokens.shape[:2], bool))
             given.append(each)
 
-        def joined(field, join):
+        def joined(field, join) -> Any:
             values = [getattr(each, field) for each in given if getattr(each, field) is not None]
             return join(values) if values else None
 

@@ -235,7 +235,7 @@ class DiT(nn.Module):
         # Each axis of the grid beside that of its patches.
         order = [axis for i in range(1, axes + 1) for axis in (i, axes + i)]
         out = h.transpose(0, *order, 2 * axes + 1).reshape(batch, *space, channels).astype(x.dtype)
-        return out if mask is None else jnp.where(counts, out, 0)
+        return out if counts is None else jnp.where(counts, out, 0)
 
     @property
     def _tokens(self):

@@ -49,7 +49,7 @@ def multiplier(name, value, x) -> chex.Numeric:
 
     Args:
       name: of the value, for errors.
-      value: (), (B,), or as many axes as x, each of x's size or 1.
+      value: (), the first axes of x, as (B,) is, or as many axes as x, each of x's size or 1.
       x: (B, ...).
     Returns:
       The value; of shape (B, 1, ..., 1) where it was (B,).
@@ -58,8 +58,8 @@ def multiplier(name, value, x) -> chex.Numeric:
     """
     real(name, value)
     shape = jnp.shape(value)
-    if shape == x.shape[:1] and x.ndim > 1:
-        return jnp.reshape(value, shape + (1,) * (x.ndim - 1))
+    if shape and len(shape) < x.ndim and shape == x.shape[: len(shape)]:
+        return jnp.reshape(value, shape + (1,) * (x.ndim - len(shape)))
     if shape and (len(shape) != x.ndim or any(size not in (1, full) for size, full in zip(shape, x.shape, strict=True))):
         raise ValueError(
             f"{name} has shape {shape}, but it multiplies x of shape {x.shape}: give a number, one per example, {x.shape[:1]}, or an array "

@@ -76,6 +76,9 @@ def hutchinson(probes) -> Callable:
     """
 
     def divergence(field, x, t):
+        if (layout := states.layout(x)) is not None:
+            u, trace = divergence(layout.field(field), layout.flatten("x", x), t)
+            return layout.unflatten(u, like=x), trace
         each = _probes("probes", probes, x)
         u, push = _linearize(field, x, t)
         return u, jax.vmap(lambda e: _dot(e, push(e)), 1, 1)(each)
@@ -97,6 +100,9 @@ def hutch_plus_plus(sketch, probes) -> Callable:
     """
 
     def divergence(field, x, t):
+        if (layout := states.layout(x)) is not None:
+            u, trace = divergence(layout.field(field), layout.flatten("x", x), t)
+            return layout.unflatten(u, like=x), trace
         seen, each = _probes("sketch", sketch, x), _probes("probes", probes, x)
         if seen.shape[1] > x[0].size:
             raise ValueError(

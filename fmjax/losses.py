@@ -20,6 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fmjax import checks, paths, states, targets
 
@@ -27,6 +28,8 @@ from fmjax import checks, paths, states, targets
 def _spread(name, value, x, state):
     """A weight or a mask for each coordinate of the state laid out as one array, (B, ...), or what multiplies it."""
     layout = states.layout(state)
+    # A list of numbers is an array that is not made yet.
+    value = np.asarray(value) if isinstance(value, list) and states.layout(value) is None else value
     if layout is None:
         return checks.multiplier(name, value, x)
     if jax.tree.structure(value) == layout.structure:
@@ -42,6 +45,7 @@ def _mask(mask, x, state) -> Any:
     """What counts, bool, of the shape of the state laid out as one array; None where all of it does."""
     if mask is None:
         return None
+    mask = np.asarray(mask) if isinstance(mask, list) and states.layout(mask) is None else mask
     for leaf in jax.tree.leaves(mask):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.bool_):
@@ -50,14 +54,17 @@ def _mask(mask, x, state) -> Any:
     return jnp.broadcast_to(_spread("mask", as_numbers, x, state) > 0, x.shape)
 
 
-def _clean(x_1, mask):
-    """Data, with 0 for what does not count, so that NaN there reaches neither the network nor a gradient."""
+def _clean(x_0, x_1, mask):
+    """Noise and data, with 0 for what does not count, so that NaN there reaches neither the network nor a gradient."""
     layout = states.layout(x_1)
-    flat = checks.batch("x_1", x_1) if layout is None else layout.flatten("x_1", x_1)
+    flat_1 = checks.batch("x_1", x_1) if layout is None else layout.flatten("x_1", x_1)
     if mask is None:
-        return x_1
-    flat = jnp.where(_mask(mask, flat, x_1), flat, 0)
-    return flat if layout is None else layout.unflatten(flat, like=x_1)
+        return x_0, x_1
+    flat_0 = checks.floats("x_0", x_0) if layout is None else layout.flatten("x_0", x_0)
+    checks.like("x_0", flat_0, flat_1)
+    counts = _mask(mask, flat_1, x_1)
+    cleaned = jnp.where(counts, flat_0, 0), jnp.where(counts, flat_1, 0)
+    return cleaned if layout is None else (layout.unflatten(cleaned[0], like=x_0), layout.unflatten(cleaned[1], like=x_1))
 
 
 def regression(field, x, t, value, *, weight=None, mask=None) -> chex.ArrayDevice:
@@ -71,7 +78,7 @@ def regression(field, x, t, value, *, weight=None, mask=None) -> chex.ArrayDevic
       t: times, () or (B,).
       value: what the field should give, like x.
       weight: the w of (4): a number, one per example, (B,), an array that multiplies x, or for a pytree a pytree of these like x, as in
-        {"image": 1.0, "pose": 10.0}. Without it all coordinates count the same.
+        {"image": 1.0, "pose": 10.0}. Without it all coordinates count the same. An array of fewer axes has x's first ones: (B,), (B, T).
       mask: the m of (4), True for what counts: bool, of the same shapes. What is behind it, NaN too, matters in no value or gradient.
     Returns:
       (B,), in float32 or wider; 0 for an example of which nothing counts (see `masked_mean`).
@@ -87,15 +94,19 @@ def regression(field, x, t, value, *, weight=None, mask=None) -> chex.ArrayDevic
         return regression(layout.field(field), flat, t, value, weight=weight, mask=mask)
     x = checks.batch("x", x)
     checks.times(checks.on_path(t), x)
+    counts = _mask(mask, x, x)
+    x = x if counts is None else jnp.where(counts, x, 0)
     prediction = field(x, t)
     checks.like("The field's output", prediction, x)
     checks.like("value", value, x)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     error = jnp.asarray(prediction, dtype) - jnp.asarray(value, dtype)
-    counts = _mask(mask, x, x)
     if counts is not None:
         error = jnp.where(counts, error, 0)
-    square = error**2 if weight is None else jnp.asarray(_spread("weight", weight, x, x), dtype) * error**2
+    square = error**2
+    if weight is not None:
+        weight = jnp.asarray(_spread("weight", weight, x, x), dtype)
+        square = (weight if counts is None else jnp.where(counts, weight, 0)) * square
     axes = tuple(range(1, x.ndim))
     return square.mean(axis=axes) if counts is None else square.sum(axis=axes) / jnp.maximum(counts.sum(axis=axes), 1)
 
@@ -112,7 +123,7 @@ def flow_matching(field, path, x_0, x_1, t, *, weight=None, mask=None) -> chex.A
       x_1: data, like x_0.
       t: times in [0, 1], () or (B,).
       weight: of each coordinate, as for `regression`.
-      mask: what counts, as for `regression`; the network sees data of 0 behind it.
+      mask: what counts, as for `regression`; the network sees a state of 0 behind it.
     Returns:
       (B,), in float32 or wider.
     Raises:
@@ -120,7 +131,7 @@ def flow_matching(field, path, x_0, x_1, t, *, weight=None, mask=None) -> chex.A
       ValueError: if the shapes differ, t is neither one time nor one per example, or the field's output is not like x.
     """
     paths.fits(path, x_1)
-    x_t, u_t = paths.flow(path, x_0, _clean(x_1, mask), t)
+    x_t, u_t = paths.flow(path, *_clean(x_0, x_1, mask), t)
     return regression(field, x_t, t, u_t, weight=weight, mask=mask)
 
 
@@ -138,7 +149,7 @@ def denoising(field, path, x_0, x_1, t, *, target, weight=None, mask=None) -> ch
       t: times in [0, 1], () or (B,), where the target is finite: beta_t > 0 for `targets.score`.
       target: what the field predicts, a function `(path, t) -> (a, b)`.
       weight: of each coordinate, as for `regression`.
-      mask: what counts, as for `regression`; the network sees data of 0 behind it.
+      mask: what counts, as for `regression`; the network sees a state of 0 behind it.
     Returns:
       (B,), in float32 or wider; times `targets.weight` it is another target's loss.
     Raises:
@@ -147,7 +158,7 @@ def denoising(field, path, x_0, x_1, t, *, target, weight=None, mask=None) -> ch
     """
     paths.fits(path, x_1)
     checks.function("target", target, "targets.score")
-    x_1 = _clean(x_1, mask)
+    x_0, x_1 = _clean(x_0, x_1, mask)
     if (layout := states.layout(x_1)) is not None:
         flat_0, flat_1 = layout.flatten("x_0", x_0), layout.flatten("x_1", x_1)
         counts = None if mask is None else _mask(mask, flat_1, x_1)
@@ -186,9 +197,10 @@ def pseudo_huber(loss, c) -> chex.ArrayDevice:
       loss: squared errors per coordinate, any shape, as `flow_matching` gives them.
       c: where it turns from the square of the error to its size, above 0; the paper's is 0.00054.
     Returns:
-      Numbers like loss, with a gradient of 0 where the loss is 0.
+      Numbers like loss, with a gradient of 0 in an error of 0.
     """
-    checks.number("c", c, "the error at which the distance turns linear", least=0, above=True)
+    # The square of a smaller one would be 0 in float32, and the gradient of an error of 0 not a number.
+    checks.number("c", c, "the error at which the distance turns linear", least=1e-15)
     # The difference of roots, without its cancellation.
     return loss / (jnp.sqrt(loss + c**2) + c)
 
@@ -210,23 +222,30 @@ def learnt_uncertainty(loss, log_variance) -> chex.ArrayDevice:
     return loss * jnp.exp(-log_variance) + log_variance
 
 
-def _weight(path, t, target, balanced):
-    """The weight of a target's squared error, from that of the error of D - E, which is the data's times (alpha + beta)^2 / beta^2.
+def _errors(path, t, target):
+    """alpha_t, beta_t, and the factors by which an error of the target is one of the noise, of the data and of the velocity, in size.
 
-    So nothing is divided by a beta of 0, where a weight of the data's error is infinite and one of the velocity's is not.
+    Products of these have their limits at noise and at data, where a weight of the data's error may be infinite.
     """
-    checks.function("target", target, "targets.velocity")
-    return balanced * targets.weight(path, t, source=target, target=lambda path, t: (jnp.ones_like(t), -jnp.ones_like(t)))
-
-
-def _coefficients(path, t):
-    """alpha_t, beta_t, and t as an array of floats."""
     checks.path(path)
+    checks.function("target", target, "targets.velocity")
     if isinstance(path, paths.Joint):
         raise TypeError("A joint path has no one noise level at a time: weight each leaf by the weighting of its own path.")
     checks.on_path(t)
-    t = jnp.asarray(t, jnp.result_type(float, t))
-    return path.alpha(t), path.beta(t), t
+    t = jnp.asarray(t, jnp.promote_types(jnp.result_type(float, t), jnp.float32))
+    factors = [targets.coefficients(path, t, source=target, target=to)[1] for to in (targets.noise, targets.data, targets.velocity)]
+    return path.alpha(t), path.beta(t), *map(jnp.abs, factors)
+
+
+def _known(weight, name, path, t):
+    """The weight; raises where it is not finite at a time whose value is known."""
+    if not isinstance(weight, Tracer) and not np.isfinite(np.asarray(weight)).all():
+        at = np.broadcast_to(np.asarray(t), np.shape(weight)).reshape(-1)[np.flatnonzero(~np.isfinite(np.asarray(weight)))[0]]
+        raise ValueError(
+            f"{name} on {path} is infinite, or has a limit that is not computed, at t = {at:g} for this target: draw times inside, such as "
+            "0.001 + 0.998 * times.stratified(key, n), or predict the velocity."
+        )
+    return weight
 
 
 def min_snr(path, t, *, target=targets.velocity, gamma=5.0) -> chex.ArrayDevice:
@@ -240,11 +259,13 @@ def min_snr(path, t, *, target=targets.velocity, gamma=5.0) -> chex.ArrayDevice:
       target: what the network predicts, a function `(path, t) -> (a, b)`, on whose squared error the weight is.
       gamma: the most, above 0.
     Returns:
-      Weights, like t.
+      Weights, like t, finite from noise to data for the targets of `targets`.
+    Raises:
+      ValueError: if it is not finite at a known time.
     """
     checks.number("gamma", gamma, "the largest weight of the data's error", least=0, above=True)
-    alpha, beta, t = _coefficients(path, t)
-    return _weight(path, t, target, jnp.minimum(alpha**2, gamma * beta**2) / (alpha + beta) ** 2)
+    _, _, noise, data, _ = _errors(path, t, target)
+    return _known(jnp.minimum(noise**2, gamma * data**2), "min_snr", path, t)
 
 
 def edm_weighting(path, t, *, target=targets.velocity, sigma_data=0.5) -> chex.ArrayDevice:
@@ -259,11 +280,13 @@ def edm_weighting(path, t, *, target=targets.velocity, sigma_data=0.5) -> chex.A
       target: what the network predicts, a function `(path, t) -> (a, b)`, on whose squared error the weight is.
       sigma_data: the data's standard deviation.
     Returns:
-      Weights, like t.
+      Weights, like t; infinite of the noise and the score where alpha_t = 0, and of the data where beta_t = 0.
+    Raises:
+      ValueError: if it is not finite at a known time.
     """
     checks.number("sigma_data", sigma_data, "the data's standard deviation", least=0, above=True)
-    alpha, beta, t = _coefficients(path, t)
-    return _weight(path, t, target, (beta**2 + (alpha * sigma_data) ** 2) / (sigma_data * (alpha + beta)) ** 2)
+    _, _, noise, data, _ = _errors(path, t, target)
+    return _known((data / sigma_data) ** 2 + noise**2, "edm_weighting", path, t)
 
 
 def sigmoid_weighting(path, t, *, target=targets.velocity, bias=0.0) -> chex.ArrayDevice:
@@ -278,11 +301,14 @@ def sigmoid_weighting(path, t, *, target=targets.velocity, bias=0.0) -> chex.Arr
       target: what the network predicts, a function `(path, t) -> (a, b)`, on whose squared error the weight is.
       bias: the log signal-to-noise ratio up to which errors of the noise count in full; lower for larger images.
     Returns:
-      Weights, like t.
+      Weights, like t; infinite of the noise and the score where alpha_t = 0, and of the data where beta_t = 0; nan at an end where the
+        path's velocity is infinite, for other targets than the velocity.
+    Raises:
+      ValueError: if it is not finite at a known time.
     """
     checks.number("bias", bias, "the log signal-to-noise ratio up to which errors count")
-    alpha, beta, t = _coefficients(path, t)
-    slope_alpha, slope_beta = targets.velocity(path, t)
+    alpha, beta, noise, data, velocity = _errors(path, t, target)
     e_b = jnp.exp(jnp.asarray(bias, jnp.result_type(float)))
-    rises = slope_alpha * beta - alpha * slope_beta
-    return _weight(path, t, target, e_b * alpha * beta * rises / ((alpha**2 + e_b * beta**2) * (alpha + beta) ** 2))
+    # alpha times the data's factor is beta times the noise's; of the two the one that is finite at the nearer end.
+    both = jnp.where(alpha < beta, beta * noise, alpha * data) * velocity
+    return _known(e_b * both / (alpha**2 + e_b * beta**2), "sigmoid_weighting", path, t)

@@ -124,8 +124,10 @@ def _flat(distribution) -> Any:
         return distribution
     if isinstance(distribution, Empirical):
         return Empirical(layout.flatten("points", distribution.points))
-    scales = distribution.scales
-    scales = scales if states.layout(scales) is None else layout.flatten("scales", scales)
+    scales, means = distribution.scales, distribution.means
+    if jax.tree.structure(scales) == layout.structure:
+        each = jax.tree.map(lambda mean, scale: _scales(GaussianMixture(distribution.weights, jnp.asarray(mean), scale)), means, scales)
+        scales = layout.flatten("scales", jax.tree.map(lambda mean, scale: jnp.broadcast_to(scale, jnp.shape(mean)), means, each))
     return GaussianMixture(distribution.weights, layout.flatten("means", distribution.means), scales)
 
 

@@ -194,6 +194,8 @@ def joint(paths, x) -> Joint:
 
     for leaf in jax.tree.leaves(paths, is_leaf=is_path):
         checks.path(leaf)
+        if isinstance(leaf, Joint):
+            raise TypeError("A path in `paths` is joint itself: give one pytree with a path for each leaf, and join it once.")
     try:
         parts = jax.tree.map(lambda path, below: [path] * len(jax.tree.leaves(below)), paths, x, is_leaf=is_path)
     except (ValueError, TypeError, KeyError) as error:

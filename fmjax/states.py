@@ -53,13 +53,17 @@ class Layout:
         """
         structure = jax.tree.structure(tree)
         if structure != self.structure:
+            if layout(tree) is None:
+                given = f"one array or number, of shape {jnp.shape(tree)}" if tree is not None else "None"
+                raise ValueError(f"{name} is {given}, but must be a pytree like the state, {self}.")
             raise ValueError(f"{name} is the pytree {structure}, but must be like the state, {self}.")
         leaves = [checks.floats(f"{name}{path}", leaf) for path, leaf in _named(tree)]
         for (path, _), leaf, shape in zip(_named(tree), leaves, self.shapes, strict=True):
             if leaf.shape[1:] != shape or not leaf.ndim or leaf.shape[:1] != leaves[0].shape[:1]:
+                wanted = (*(leaves[0].shape[:1] or ("B",)), *shape)
                 raise ValueError(
-                    f"{name}{path} has shape {leaf.shape}, but must be like the state, ({leaves[0].shape[0] if leaves[0].ndim else 'B'}, "
-                    f"{', '.join(map(str, shape))}): arrays are batch first and never broadcast."
+                    f"{name}{path} has shape {leaf.shape}, but must be like the state, {wanted}: arrays are batch first and "
+                    "never broadcast."
                 )
         dtype = jnp.result_type(*leaves)
         return jnp.concatenate([leaf.astype(dtype).reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)

@@ -14,6 +14,7 @@ networks. A target of your own is a function `(path, t) -> (a, b)`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -123,16 +124,23 @@ def c_noise(path, t) -> chex.ArrayDevice:
       ValueError: if it is infinite at a known time.
     """
     checks.path(path)
-    known = not isinstance(t, Tracer)
-    t = jnp.asarray(t, jnp.result_type(float, t))
-    with jax.ensure_compile_time_eval():
-        level = (jnp.log(path.beta(t)) - jnp.log(path.alpha(t))) / 4
-    if known and not isinstance(level, Tracer) and not np.isfinite(np.asarray(level)).all():
+    if isinstance(path, paths.Joint):
+        raise TypeError("A joint path has no one noise level at a time: give the network t itself, or the noise level of one leaf's path.")
+
+    def level(t):
+        t = jnp.asarray(t, jnp.result_type(float, t))
+        return (jnp.log(path.beta(t)) - jnp.log(path.alpha(t))) / 4
+
+    known: Any = 0
+    if not isinstance(t, Tracer):
+        with jax.ensure_compile_time_eval():
+            known = level(np.asarray(t))
+    if not isinstance(known, Tracer) and not np.isfinite(np.asarray(known)).all():
         raise ValueError(
             f"log(beta / alpha) is infinite on {path} at one of t = {np.asarray(t)}: let the grid start later and evaluate nothing at "
             "data, as times.karras and sampling.edm_heun do, or let the network see t itself."
         )
-    return level
+    return level(t)
 
 
 def _unit(a, b):

@@ -99,7 +99,7 @@ def log_normal(key, n, path, mean=-1.2, std=1.2) -> chex.ArrayDevice:
       Times, (n,), float32, the nearer end where the path does not reach a noise level.
     """
     _check_draw(key, n)
-    checks.path(path)
+    _check_one(path)
     checks.number("mean", mean, "the mean of the logarithm of the noise level")
     checks.number("std", std, "the standard deviation of the logarithm", least=0)
     # With alpha / (alpha + beta) = 1 / (1 + beta / alpha) its logit is minus the logarithm.
@@ -214,7 +214,7 @@ def karras(path, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> chex.ArrayD
     Raises:
       ValueError: if there are fewer than 2 steps, the levels are not 0 < sigma_min < sigma_max, or the path does not reach them.
     """
-    checks.path(path)
+    _check_one(path)
     _check_steps(steps, 2)
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
         checks.number(name, value, "a noise level" if name != "rho" else "a power", least=0, above=True)
@@ -238,13 +238,20 @@ def log_snr_grid(path, steps, start, end) -> chex.ArrayDevice:
     Raises:
       ValueError: if steps is not positive, end is not after start, or the ratio is infinite at one of them.
     """
-    checks.path(path)
+    _check_one(path)
     uniform_grid(steps, start, end)
     first, last = (float(jnp.log(path.alpha(t)) - jnp.log(path.beta(t))) for t in map(jnp.asarray, (float(start), float(end))))
     if not np.all(np.isfinite([first, last])):
         raise ValueError(f"log(alpha / beta) is {first:g} at t = {start} and {last:g} at t = {end}: take times between noise and data.")
     inner = np.exp(-np.linspace(first, last, steps + 1))
     return _at_levels(path, inner).at[0].set(start).at[-1].set(end)
+
+
+def _check_one(path):
+    """Raises unless a path has one noise level at a time."""
+    checks.path(path)
+    if isinstance(path, paths.Joint):
+        raise TypeError("A joint path has another noise level for each leaf: give the path of one of them, or a grid of times.")
 
 
 def _at_levels(path, levels):

@@ -17,7 +17,8 @@ SOURCE = images.arrays(X, Y)
 def metric(params, keys, batch):
     """A flow-matching loss, whose noise and times are drawn for each example."""
     x_1, y = batch
-    x_0, t = sampling.noise(keys, x_1.shape), jax.vmap(jax.random.uniform)(keys)
+    key_0, key_t = jax.vmap(jax.random.split, out_axes=1)(keys)
+    x_0, t = sampling.noise(key_0, x_1.shape), jax.vmap(jax.random.uniform)(key_t)
     return {"loss": losses.flow_matching(lambda x, t: params * x, paths.Linear(), x_0, x_1, t), "t": t, "label": y}
 
 

@@ -204,6 +204,18 @@ def test_nan_behind_a_mask_does_not_matter(masked, key):
         np.testing.assert_array_equal(each[4:], 0)
 
 
+def test_nan_in_noise_and_weights_behind_a_mask(key):
+    x_0, x_1, t = draws(key, (4, 6, 3))
+    mask = jnp.arange(6)[None] < jnp.array([6, 3, 1, 5])[:, None]
+    full = jnp.broadcast_to(mask[..., None], x_1.shape)
+    weight = jax.random.uniform(jax.random.key(1), x_1.shape)
+    of = lambda x_0, x_1, weight, mask: losses.flow_matching(guess, paths.Linear(), x_0, x_1, t, weight=weight, mask=mask)
+    clean = of(x_0, x_1, weight, full)
+    # A mask of the first axes is that of all that is left.
+    np.testing.assert_array_equal(of(nan_behind(full, x_0), nan_behind(full, x_1), nan_behind(full, weight), mask), clean)
+    assert jnp.isfinite(jax.grad(lambda weight: of(x_0, nan_behind(full, x_1), weight, mask).sum())(nan_behind(full, weight))).all()
+
+
 def test_a_masked_mean_counts_what_is_there():
     values, mask = jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True])
     assert losses.masked_mean(values, mask) == 2
@@ -289,6 +301,32 @@ def test_weightings_are_their_formulas(path, weighting, x64):
     if path in PATHS[:2]:
         # Of the velocity they are finite from noise to data, also in the float that a uniform draw may give.
         assert jnp.isfinite(ours(path, jnp.array([0.0, 1e-7, 0.5, 1 - 1e-7, 1.0], jnp.float32))).all()
+
+
+def test_weightings_have_their_limits_at_the_ends():
+    """A uniform draw may be 0; where there is no limit a known time is an error, and a traced one is not finite."""
+    linear, steep = paths.Linear(), paths.Polynomial(3.0)
+    assert losses.min_snr(linear, 0.0, target=targets.noise) == 1
+    assert losses.min_snr(linear, 1.0, target=targets.data) == 5
+    assert losses.min_snr(steep, 0.0) == 0
+    assert losses.sigmoid_weighting(steep, 0.0) == 0
+    assert losses.sigmoid_weighting(paths.VariancePreserving(), 1.0) == 0
+    for path in (linear, paths.Cosine(), paths.SquareRoot(), paths.VariancePreserving()):
+        ends = jnp.array([0.0, 1.0])
+        for target in (targets.noise, targets.score, targets.data, targets.v, targets.velocity):
+            near = losses.min_snr(path, jnp.array([1e-5, 1 - 1e-5]), target=target)
+            if target is not targets.score and not (
+                path in (paths.SquareRoot(), paths.VariancePreserving()) and target is targets.velocity
+            ):
+                np.testing.assert_allclose(losses.min_snr(path, ends, target=target), near, atol=0.02)
+    for weighting, t, target in ((losses.edm_weighting, 0.0, targets.noise), (losses.sigmoid_weighting, 1.0, targets.data)):
+        with pytest.raises(ValueError, match=f"at t = {t:g} for this target: draw times inside"):
+            weighting(linear, t, target=target)
+        assert not jnp.isfinite(jax.jit(lambda t, weighting=weighting, target=target: weighting(linear, t, target=target))(t))
+    # Half precision is widened, as times are everywhere.
+    half = losses.min_snr(steep, jnp.asarray(0.01, jnp.float16), target=targets.noise)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, 1, rtol=1e-3)
 
 
 def test_edm_weighting_of_its_own_target_is_one(x64):

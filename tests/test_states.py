@@ -438,3 +438,21 @@ def test_a_single_example_under_vmap():
     for name, (batch, one) in found(x_0, x_1, t, keys, y, probes).items():
         assert jnp.isfinite(batch).all(), name
         np.testing.assert_allclose(one, batch, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_errors_of_pytrees_say_what_to_do():
+    x_0, x_1 = draw()
+    with pytest.raises(TypeError, match="is joint itself: give one pytree with a path for each leaf"):
+        paths.joint({"a": TWO, "b": LINEAR}, {"a": x_1, "b": x_1["pose"]})
+    with pytest.raises(TypeError, match=r"of a pytree sampling\.noise_like\(key, x\) draws like x"):
+        sampling.noise(jax.random.key(0), x_1)
+    with pytest.raises(ValueError, match=r"The field's output is one array or number, of shape \(16, 3\), but must be a pytree"):
+        losses.flow_matching(lambda x, t: x["pose"], LINEAR, x_0, x_1, 0.5)
+    with pytest.raises(TypeError, match="adjoint is 'backsolve', but it is one of diffrax's"):
+        sampling.sample_ode_adaptive(lambda x, t: x, x_0, adjoint="backsolve")
+
+
+def test_scales_may_be_of_each_leaf():
+    whole = marginals.GaussianMixture(DATA.weights, MEANS, {"image": 0.5, "pose": jnp.array([0.5, 0.5]), "size": jnp.full((2, 1), 0.5)})
+    x, _ = draw()
+    np.testing.assert_allclose(flat(marginals.score(TWO, whole)(x, 0.5)), flat(marginals.score(TWO, DATA)(x, 0.5)), rtol=1e-6)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import BOUNDED, PATHS, TARGETS, mixture, name
 
-from fmjax import losses, marginals, paths, sampling, targets
+from fmjax import losses, marginals, paths, sampling, targets, times
 
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 each_source = pytest.mark.parametrize("source", TARGETS, ids=name)
@@ -284,7 +284,32 @@ def test_c_noise_is_finite_or_says_so():
         targets.c_noise(paths.Linear(), jnp.array([0.5, 1.0]))
 
 
-def test_a_joint_path_does_not_change():
+def test_a_network_of_noise_levels_is_refused_where_they_are_infinite():
+    """By a sampler, eager and compiled, rather than samples of NaN."""
+    path, x_0 = paths.Linear(), jnp.ones((4, 2))
+    scaled = targets.scale_input(path, lambda x, t: x * jnp.sin(t), time=lambda t: targets.c_noise(path, t))
+    velocity = targets.convert_field(path, scaled, source=targets.edm(), target=targets.velocity)
+
+    def sample(grid, step):
+        return sampling.sample_ode(velocity, x_0, grid, step=step)[0]
+
+    for grid, step in ((times.uniform_grid(5), sampling.euler), (times.karras(path, 5), sampling.heun)):
+        with pytest.raises(ValueError, match=r"log\(beta / alpha\) is infinite on Linear\(\) at one of t"):
+            sample(grid, step)
+        with pytest.raises(ValueError, match="log"):
+            jax.jit(lambda grid=grid, step=step: sample(grid, step))()
+    assert jnp.isfinite(sample(times.karras(path, 5), sampling.edm_heun(path))).all()
+
+
+def test_a_joint_path_has_no_one_noise_level():
     path = paths.joint(paths.Linear(), {"a": jnp.ones((2, 3))})
+    for call in (
+        lambda: targets.c_noise(path, 0.5),
+        lambda: times.karras(path, 5),
+        lambda: times.log_snr_grid(path, 5, 0.1, 0.9),
+        lambda: times.log_normal(jax.random.key(0), 5, path),
+    ):
+        with pytest.raises(TypeError, match=r"A joint path has .* noise level"):
+            call()
     with pytest.raises(TypeError, match="no one time for a noise level"):
         targets.change_path(lambda x, t: x, source=path, target=paths.Cosine())

@@ -108,7 +108,8 @@ class Checkpointer:
           new_optimizer: whether the run's optimiser may be another than that of the checkpoint: the step, the parameters, averages,
             variables, the place in the data and the history are as they were saved, and so is what of the optimiser's state has the same
             name and shape, such as moments and counts, whatever its place in an `optax.chain`; the rest is as in the run given, and named
-            in a warning. The same call goes on with it when the run is resumed again.
+            in a warning. What an optimiser of the same names means by them, such as Adamax by its `nu`, is not known here: then begin a new
+            run from the parameters (`restore_part`). The same call goes on with it when the run is resumed again.
         Returns:
           A `training.Run`.
         Raises:

@@ -19,7 +19,7 @@ from fmjax.checkpoints.store import CorruptCheckpoint, exactly, fits, index_of, 
 
 PLACE = re.compile(r"((\d+|inner_state|inner_opt_state)\.)*")
 """Where in a chain, and within what that wraps it, a state of an optimiser is."""
-TIED = ("count", "mu", "nu")
+TIED = ("count", "mu", "nu", "v", "v_row", "v_col")
 """Fields of a state that go together: Adam divides its moments by what their count says that they have gathered."""
 
 
@@ -166,6 +166,8 @@ def _by_place(there, here):
     for place, leaves in wanted.items():
         other = pairs.get(place)
         carried = {name for name, kind in leaves.items() if other is not None and saved[other].get(name) == kind}
+        # What `optax.inject_hyperparams` holds is what another optimiser is made for.
+        carried = {name for name in carried if name.partition(".")[0] != "hyperparams"}
         tied = {name for name in leaves if name.partition(".")[0] in TIED}
         carried -= set() if tied <= carried else tied
         found |= {f"opt_state.{place}{name}": f"opt_state.{other}{name}" if name in carried else None for name in leaves}

@@ -290,6 +290,8 @@ class DiT(nn.Module):
         return h
 
     def _check(self, x):
+        if not isinstance(self.patch_size, int):
+            raise TypeError(f"patch_size is {self.patch_size!r}, but it is one whole number, the side of a patch along every axis.")
         layers.require_images(x)
         space = x.shape[1:-1]
         if any(side % self.patch_size for side in space):

@@ -63,6 +63,8 @@ def sample_ode_adaptive(
         options |= {"max_steps": max_steps, "adjoint": adjoint}
         solution = sample_ode_adaptive(layout.field(field), layout.flatten("x_0", x_0), **options)
         return solution._replace(x=layout.unflatten(solution.x, like=x_0))
+    if adjoint is not None and not isinstance(adjoint, diffrax.AbstractAdjoint):
+        raise TypeError(f"adjoint is {adjoint!r}, but it is one of diffrax's, such as diffrax.ForwardMode().")
     x_0 = checks.batch("x_0", x_0)
     for name, value in (("start", start), ("end", end)):
         checks.number(name, value, "a time")

@@ -4,7 +4,8 @@
 
     def metric(params, keys, batch):
         x_1, _ = batch
-        x_0, t = sampling.noise(keys, x_1.shape), jax.vmap(jax.random.uniform)(keys)
+        key_0, key_t = jax.vmap(jax.random.split, out_axes=1)(keys)
+        x_0, t = sampling.noise(key_0, x_1.shape), jax.vmap(jax.random.uniform)(key_t)
         return losses.flow_matching(lambda x, t: model.apply(params, x, t), path, x_0, x_1, t)
 
     held_out = training.evaluate(metric, run.state.ema, key, pipeline.in_order(source, 256))
@@ -41,7 +42,7 @@ def evaluate(metric, state, key, batches, *, sharding=None) -> Any:
 
     Args:
       metric: (state, keys, batch) -> numbers (B,), one per example, or a dict of such; compiled once, also for further calls with the same
-        function. `keys` are the examples' own, (B,).
+        function. `keys` are the examples' own, (B,), to be split before two draws.
       state: what the metric takes, such as parameters or a `TrainState`; an argument, so that another one compiles nothing.
       key: a typed key.
       batches: an iterable of batches, pytrees of arrays (B, ...), as `pipeline.in_order` gives every example of a source once. The last, or
@@ -181,7 +182,8 @@ def loss_by_time(losses, times, edges) -> tuple[Any, Any, Any]:
                 f"times has {given[outside][0]}, which is in no bin from {edges[0]:g} to {edges[-1]:g}: give edges around all."
             )
     if on_device:
-        return _in_bins(jnp, jnp.asarray(losses), jnp.asarray(times), edges)
+        times = jnp.asarray(times)
+        return _in_bins(jnp, jnp.asarray(losses), times.astype(jnp.promote_types(times.dtype, jnp.float32)), edges)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _in_bins(np, np.asarray(losses, np.float64), np.asarray(times, np.float64), edges)
 

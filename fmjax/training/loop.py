@@ -34,7 +34,8 @@ def fit(
       run: where to start, `Run(state, key)` at first; a copy of the state is trained, so the one given stays whole, unless `donate`. Arrays
         stay on the devices that they are on.
       batches: an iterable of batches, which is set to the run's position where it has one (`get_state` and `set_state`); or a function
-        of the number of the step, as `lambda n: take(jax.random.fold_in(key, n))`; or None where there are no data, and each batch is None.
+        of the number of the step, as `lambda n: take(jax.random.fold_in(data_key, n))`, of another key than the run's, from whose
+        `fold_in(run.key, n)` step n draws; or None where there are no data, and each batch is None.
       steps: the number of steps that the state has at the end.
       log_every: steps between two logs.
       callbacks: functions `(run, metrics) -> None`, called in their order at every log with the run so far and the newest of its history,

@@ -4,10 +4,12 @@
     python -m experiments.series network:transformer             the same by a transformer
     python -m experiments.series data:sunspots                   32 years of the number of sunspots
 
-A minute or two on two CPU cores. The samples' values, autocorrelation and spectrum differ from those of the series' held-out
-last quarter about as much as those of the training part do. The folder of the run then holds config.json, metrics.json,
-history.jsonl, tensorboard/, loss.png, series.png, statistics.png and checkpoints/; a run that was killed goes on with the same
-command.
+Three minutes each on two CPU cores that other programs use too. Samples of temperatures differ from the held-out last quarter of
+the series about as much as its training part does: by 0.33 and 0.34 °C in values, 0.02 and 0.01 in autocorrelation, 0.32 and 0.30
+in log spectrum. They are not copies: 0.70 °C from the nearest training window, where training windows are 0.75 °C from each other.
+The sunspots of the held-out quarter are more than before, so samples and training part both differ much from them. The folder of
+the run then holds config.json, metrics.json, history.jsonl, tensorboard/, loss.png, series.png, statistics.png and checkpoints/; a
+run that was killed goes on with the same command.
 """
 
 import dataclasses
@@ -181,11 +183,12 @@ def load(data):
     except ImportError as error:
         raise ImportError("experiments.series needs statsmodels: pip install 'fmjax[series]'") from error
     if isinstance(data, Sunspots):
-        table = sunspots.load_pandas().data
-        return Series(table["SUNACTIVITY"].to_numpy(), [f"{year:.0f}" for year in table["YEAR"]], "activity", "sunspots", "years", 1)
-    table = elnino.load_pandas().data
-    dates = [f"{month} {year:.0f}" for year in table["YEAR"] for month in MONTHS]
-    return Series(table.drop(columns="YEAR").to_numpy().ravel(), dates, "sea surface temperature", "°C", "months", 12)
+        years, values = np.asarray(sunspots.load_pandas().data).T
+        return Series(values, [f"{year:.0f}" for year in years], "activity", "sunspots", "years", 1)
+    # A row is a year and its twelve months.
+    table = np.asarray(elnino.load_pandas().data)
+    dates = [f"{month} {year:.0f}" for year in table[:, 0] for month in MONTHS]
+    return Series(table[:, 1:].ravel(), dates, "sea surface temperature", "°C", "months", 12)
 
 
 def split(values, share):

@@ -123,7 +123,7 @@ def test_flags_reach_the_configuration():
 
 def small_series(folder, **changes):
     """Windows of a series at a size of seconds."""
-    small = {"network": series.UNet(8, (1, 2), groups=4), "steps": 4, "batch": 8, "log_every": 2, "save_every": 2, "sampling_steps": 2}
+    small = {"network": series.UNet(8, (1,), groups=4), "steps": 4, "batch": 8, "log_every": 2, "save_every": 2, "sampling_steps": 2}
     return series.Config(folder=folder, **small | changes)
 
 
@@ -170,7 +170,10 @@ def test_held_out_windows_of_a_series_share_no_value_with_training():
         ({"held_out": 0.05}, "the held-out part has 37 values: give a shorter window"),
         ({"held_out": 0.95}, "the training part has 37 values: give a shorter window"),
         ({"data": series.ElNino(48, 48)}, "--data.max-lag is 48: give at least 1, and less than --data.window, 48"),
-        ({"data": series.Sunspots(63)}, "--data.window is 63, which the reduction by --network.channel-mult of 2 does not divide"),
+        (
+            {"data": series.Sunspots(30), "network": series.UNet()},
+            "is 30, which the reduction by --network.channel-mult of 4 does not divide",
+        ),
         ({"network": series.Transformer(5)}, "--data.window is 48, which --network.patch-size of 5 does not divide"),
     ],
     ids=str,

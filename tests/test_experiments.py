@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments import conditions, dynamics, gallery, images, predictions, run_folder, toy
+from experiments import conditions, dynamics, gallery, images, predictions, run_folder, series, toy
 from fmjax import files, paths, training
 from fmjax.data import latents
 from fmjax.models import unet
@@ -96,10 +97,10 @@ def test_dynamics(tmp_path):
 @pytest.mark.parametrize(
     "parse",
     [
-        *(functools.partial(tyro.cli, experiment.Config) for experiment in (conditions, dynamics, gallery, predictions, toy)),
+        *(functools.partial(tyro.cli, experiment.Config) for experiment in (conditions, dynamics, gallery, predictions, series, toy)),
         lambda args: images.parse(["digits", *args]),
     ],
-    ids=["conditions", "dynamics", "gallery", "predictions", "toy", "images"],
+    ids=["conditions", "dynamics", "gallery", "predictions", "series", "toy", "images"],
 )
 def test_unknown_flags_are_refused(parse, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -118,6 +119,75 @@ def test_unknown_data_are_refused(capsys):
 def test_flags_reach_the_configuration():
     config = tyro.cli(toy.Config, args=["--data", "spirals", "--sigma", "1", "path:polynomial", "--path.power", "3"])
     assert config == toy.Config(data="spirals", sigma=1.0, path=paths.Polynomial(3.0))
+
+
+def small_series(folder, **changes):
+    """Windows of a series at a size of seconds."""
+    small = {"network": series.UNet(8, (1,), groups=4), "steps": 4, "batch": 8, "log_every": 2, "save_every": 2, "sampling_steps": 2}
+    return series.Config(folder=folder, **small | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"data": series.Sunspots(), "network": series.Transformer(8, 16, 1, 2), "path": paths.Cosine()}],
+    ids=["temperatures by a U-Net", "sunspots by a transformer"],
+)
+def test_series(tmp_path, changes):
+    small = small_series(tmp_path / "run", results=tmp_path / "results.json", **changes)
+    series.main(small)
+    report = read(tmp_path / "run", ["series.png", "statistics.png", "loss.png", "config.json"], ["checkpoints", "tensorboard"])
+    assert all(value > 0 for name, value in report.items())
+    pairs = ("samples to held-out", "training to held-out (the floor)", "samples to training")
+    assert report.keys() > {f"mean difference of {what}, {pair}" for what in ("autocorrelation", "log spectrum") for pair in pairs}
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert history[-1]["held-out loss per value"] == report["held-out loss per value"]
+    assert json.loads((tmp_path / "results.json").read_text())["run"].items() >= report.items()
+
+
+def test_statistics_of_a_series():
+    """Of sine waves of any phase: the autocorrelation is a cosine, and the power is where it should be."""
+    t, phase = np.arange(48), np.linspace(0, 2 * np.pi, 100, endpoint=False)[:, None]
+    x = 20 + np.sin(2 * np.pi * t / 12 + phase)
+    np.testing.assert_allclose(series.autocorrelation(x, 24), np.cos(2 * np.pi * np.arange(1, 25) / 12), atol=1e-12)
+    frequencies, power = series.spectrum(x, 12)
+    assert frequencies[power.argmax()] == pytest.approx(1)
+    # The integral of the power density is the variance.
+    assert power.sum() * frequencies[0] == pytest.approx(0.5, rel=1e-6)
+    assert series.mean_difference(lambda x: series.autocorrelation(x, 24), x, 3 * x - 5) < 1e-12
+
+
+def test_held_out_windows_of_a_series_share_no_value_with_training():
+    train, held_out = (series.windows(part, 8) for part in series.split(np.arange(100), 0.2))
+    assert (train.min(), train.max(), len(train)) == (0, 79, 73)
+    assert (held_out.min(), held_out.max(), len(held_out)) == (80, 99, 13)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch": 0}, "--batch is 0: give at least 1"),
+        ({"held_out": 1.0}, "--held-out is 1.0: give a share of the series"),
+        ({"held_out": 0.05}, "the held-out part has 37 values: give a shorter window"),
+        ({"held_out": 0.95}, "the training part has 37 values: give a shorter window"),
+        ({"data": series.ElNino(48, 48)}, "--data.max-lag is 48: give at least 1, and less than --data.window, 48"),
+        (
+            {"data": series.Sunspots(30), "network": series.UNet()},
+            "is 30, which the reduction by --network.channel-mult of 4 does not divide",
+        ),
+        ({"network": series.Transformer(5)}, "--data.window is 48, which --network.patch-size of 5 does not divide"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_of_a_series_are_named(tmp_path, changes, said):
+    with pytest.raises(SystemExit, match=said):
+        series.main(small_series(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_series_without_statsmodels_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
+    with pytest.raises(ImportError, match=r"statsmodels: pip install 'fmjax\[series\]'"):
+        series.main(small_series(tmp_path / "run"))
 
 
 PLOTS = ["samples.png", "trajectories.png", "loss.png", "history.jsonl", "config.json"]

@@ -257,7 +257,7 @@ def trained(optimizer, steps=3):
 
 ADAMW, DECAY, CLIP = optax.adamw(1e-2), optax.linear_schedule(1e-2, 0, 100), optax.clip_by_global_norm(1.0)
 CLIPPED, CONSTANT = optax.chain(CLIP, optax.adamw(DECAY)), optax.adamw(optax.constant_schedule(1.0))
-MOMENTUM = optax.sgd(1e-2, momentum=0.9)
+MOMENTUM, HELD = optax.sgd(1e-2, momentum=0.9), optax.inject_hyperparams(optax.adam)
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,18 @@ MOMENTUM = optax.sgd(1e-2, momentum=0.9)
         (optax.sgd(DECAY), ADAM, {}, r"opt_state\.0\.count, opt_state\.0\.mu, opt_state\.0\.nu are new"),
         (ADAMW, optax.MultiSteps(ADAMW, 2), {"opt_state.inner_opt_state.0": "opt_state.0"}, r"opt_state\.mini_step, .* are new"),
         (ADAM, optax.sgd(1e-2), {}, r"opt_state\.0\.count, .* are left in the checkpoint"),
+        (ADAM, optax.adafactor(1e-2), {}, r"\.count.* are new"),
+        (
+            HELD(1e-3),
+            HELD(1e-4),
+            {"opt_state.count": "opt_state.count", "opt_state.inner_state": "opt_state.inner_state"},
+            r"hyperparams.* new",
+        ),
     ],
     ids=[
         *("clipping added", "a schedule changed, without clipping", "a schedule", "sgd with momentum", "amsgrad"),
         *("moments without their squares", "a count without moments", "MultiSteps", "sgd"),
+        *("Adafactor", "another rate in inject_hyperparams"),
     ],
 )
 def test_a_run_goes_on_with_another_optimiser(tmp_path, before, after, carried, message):

@@ -418,6 +418,17 @@ def test_another_course_of_training_is_set_aside(tmp_path, state):
         checkpointer.save(other)
 
 
+def test_a_run_that_ended_between_two_logs_and_is_logged_now_is_the_same(tmp_path, state):
+    """As `fit` to the step that it has reached does; nothing is set aside, and no warning given."""
+    ended = dataclasses.replace(a_run(state, 3), history=(), unlogged=({"loss": 2.0},))
+    logged = dataclasses.replace(ended, history=({"step": 3, "loss": 2.0},), unlogged=())
+    with checkpoints.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(ended, wait=True)
+        checkpointer.save(logged, wait=True)
+        assert checkpointer.steps() == [3]
+    assert not list(tmp_path.glob("*.other*"))
+
+
 def test_what_is_read_while_it_is_removed(tmp_path, state, monkeypatch):
     """The last one may go between the look and the read."""
     with checkpoints.Checkpointer(tmp_path, keep=1) as checkpointer:

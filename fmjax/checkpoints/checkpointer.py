@@ -191,7 +191,9 @@ class Checkpointer:
                 # It is named when it is read.
                 continue
             begins = there.get("key") == beside["key"] and same(there["history"], beside["history"][: len(there["history"])])
-            if other > step or not begins or (other == step and not same(there, beside)):
+            # A run that ended between two logs, and whose last steps are logged now.
+            logged = begins and there["unlogged"] and not beside["unlogged"] and len(beside["history"]) == len(there["history"]) + 1
+            if other > step or not begins or (other == step and not logged and not same(there, beside)):
                 others.append(self.folder / str(other))
         if others:
             moved = [folder.rename(free_name(folder.with_name(f"{folder.name}.other"))).name for folder in others]

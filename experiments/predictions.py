@@ -1,7 +1,7 @@
 """What a network predicts: velocity, noise, data or EDM's preconditioned target, on points and on handwritten digits, side by side.
 
-    python -m experiments.predictions                     in runs/predictions, in about ten minutes on two CPU cores
-    python -m experiments.predictions --sets pinwheel     points alone, two minutes
+    python -m experiments.predictions                     in runs/predictions, in about fifteen minutes on two CPU cores
+    python -m experiments.predictions --sets pinwheel     points alone, a minute
 
 One network, one number of steps, one sampler (20 steps of UniPC of order 2); EDM also has its scaling of the input, its noise levels
 for training and its weighting. Of points the sliced Wasserstein distance of samples to fresh data is divided by that of data to data, of
@@ -45,7 +45,7 @@ class Config:
     evaluations: int = 20
     """Steps of the sampler, each one evaluation of the network."""
     samples: int = 1000
-    """Samples that are measured, of digits in all classes alike."""
+    """Samples of digits that are measured, in all classes alike; of points ten times as many."""
     results: Path | None = None
     """JSON file that gets the metrics beside those of other runs."""
     seed: int = 0
@@ -97,7 +97,7 @@ def pinwheel(config):
     def draw(key, n):
         return (toy.pinwheel(key, n) - mean) / scale, ()
 
-    (fresh, _), (other, _) = draw(key_fresh, config.samples), draw(key_other, config.samples)
+    (fresh, _), (other, _) = draw(key_fresh, 10 * config.samples), draw(key_other, 10 * config.samples)
     floor = metrics.sliced_wasserstein(key_metric, other, fresh)
     network = mlp.MLP(hidden_size=128, depth=3, time_embedding=layers.Fourier(64), layer=mlp.Residual)
     return Set(network, 512, draw, 1.0, (), lambda x: float(metrics.sliced_wasserstein(key_metric, x, fresh) / floor))
@@ -166,7 +166,7 @@ def train(config, name, data, prediction):
 
 def sample(config, data, prediction, field):
     """Samples, from the same noise whatever is predicted."""
-    n, shape = (len(data.labels[0]), (8, 8, 1)) if data.labels else (config.samples, (2,))
+    n, shape = (len(data.labels[0]), (8, 8, 1)) if data.labels else (10 * config.samples, (2,))
     # Where alpha is 0 noise says nothing of the data.
     start, key = 0.01, jax.random.key(config.seed + 3)
     grid = times.quadratic(times.uniform_grid(config.evaluations, start=start))
@@ -190,7 +190,7 @@ def draw(config, drawn):
         for axes, kind in zip(row, kinds, strict=True):
             x = drawn[name, kind]
             if x.ndim == 2:
-                axes.scatter(*x.T, s=2, linewidths=0, color="C0")
+                axes.scatter(*x[:2000].T, s=1, linewidths=0, color="C0")
                 axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
             else:
                 each = len(x) // digits.CLASSES

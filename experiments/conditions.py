@@ -6,7 +6,7 @@ The data given a condition y are N(m(y), 0.5^2 I), where m is read from a label,
 mean) or an image (itself), and y is drawn so that the data without a condition are a Gaussian, or a mixture of three. So the conditional,
 the unconditional and the guided velocity are known. A network learns each kind by flow matching with a fifth of the conditions dropped;
 the mean and the standard deviation of its samples under three conditions are compared with the exact flow's, in standard errors. Without
-guidance all are within 4. Guidance takes samples where no data were, and makes them narrow, so an error of the mean of .04, or .14 of an
+guidance all are within 4. Guidance takes samples where no data were, and makes them narrow, so an error of the mean of .05, or .3 of an
 image, is many standard errors there. guidance.png shows the samples beside circles of two exact standard deviations.
 """
 

@@ -288,16 +288,13 @@ def autoguidance(field, weak_field, scale, *, combine=extrapolate) -> Field:
     if not isinstance(scale, Tracer) and np.ndim(scale) == 0 and scale == 1:
         return field
 
-    def guided(x, t):
-        if (layout := states.layout(x)) is not None:
-            flat = autoguidance(layout.field(field), layout.field(weak_field), scale, combine=combine)(layout.flatten("x", x), t)
-            return layout.unflatten(flat, like=x)
+    def guided(x, t, field, weak_field):
         value, weak = field(x, t), weak_field(x, t)
         checks.like("The field's output", value, x)
         checks.like("The weak field's output", weak, x)
         return combine(value, weak, checks.multiplier("The guidance scale", scale, x))
 
-    return guided
+    return paths.on_states(guided, field, weak_field)
 
 
 def interval(guided, otherwise, start, end) -> Field:
@@ -320,16 +317,13 @@ def interval(guided, otherwise, start, end) -> Field:
     if not isinstance(start, Tracer) and not isinstance(end, Tracer) and not start <= end:
         raise ValueError(f"The interval from {start} to {end} is empty.")
 
-    def field(x, t):
+    def field(x, t, guided, otherwise):
         if jnp.ndim(t):
             raise ValueError(f"t has shape {jnp.shape(t)}, but guidance in an interval takes one time for the whole batch.")
-        if (layout := states.layout(x)) is not None:
-            flat = interval(layout.field(guided), layout.field(otherwise), start, end)(layout.flatten("x", x), t)
-            return layout.unflatten(flat, like=x)
         inside, outside = checks.like_state(guided, "The guided field's output"), checks.like_state(otherwise, "The other field's output")
         return lax.cond((start <= t) & (t <= end), inside, outside, x, t)
 
-    return field
+    return paths.on_states(field, guided, otherwise)
 
 
 def classifier(field, log_probability, scale) -> Field:
@@ -354,7 +348,7 @@ def classifier(field, log_probability, scale) -> Field:
     if not callable(scale):
         _check_scale(scale)
 
-    def total(x, t):
+    def total(x, t, log_probability):
         value = log_probability(x, t)
         if jnp.shape(value) != x.shape[:1]:
             raise ValueError(
@@ -363,18 +357,15 @@ def classifier(field, log_probability, scale) -> Field:
             )
         return value.sum()
 
-    def guided(x, t):
-        if (layout := states.layout(x)) is not None:
-            flat = classifier(layout.field(field), layout.of_state(log_probability), scale)(layout.flatten("x", x), t)
-            return layout.unflatten(flat, like=x)
+    def guided(x, t, field, log_probability):
         weight = scale(paths.lift(t, x)) if callable(scale) else scale
         if callable(scale) and not isinstance(t, Tracer):
             checks.weight(scale, t)
         value = field(x, t)
         checks.like("The field's output", value, x)
-        return value + checks.multiplier("The guidance scale", weight, x) * jax.grad(total)(x, t)
+        return value + checks.multiplier("The guidance scale", weight, x) * jax.grad(total)(x, t, log_probability)
 
-    return guided
+    return paths.on_states(guided, field, others=(log_probability,))
 
 
 def drop_labels(key, y, null, rate) -> chex.ArrayDevice:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fmjax import checks, paths, states, targets
+from fmjax import checks, paths, targets
 from fmjax.paths import Field
 
 
@@ -64,13 +64,7 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
     def b(t):
         return targets.coefficients(path, t, source=targets.score, target=targets.velocity)[1]
 
-    def guided(x, t):
-        paths.fits(path, x)
-        if (layout := states.layout(x)) is not None:
-            flat = linear_inverse(
-                *(path, layout.field(field), layout.of_state(operator), y), noise=noise, spread=spread, iterations=iterations
-            )
-            return layout.unflatten(flat(layout.flatten("x", x), t), like=x)
+    def guided(x, t, field, operator):
         if not isinstance(t, Tracer):
             checks.weight(b, t)
             if not isinstance(noise, Tracer) and noise == 0:
@@ -115,4 +109,4 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
         solved = jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), solved, jnp.nan)
         return u + b(paths.lift(t, x)) * backward(solved)[0]
 
-    return guided
+    return paths.on_states(guided, field, others=(operator,), path=path)

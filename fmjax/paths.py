@@ -210,6 +210,29 @@ def fits(path, x) -> None:
         path.check(x)
 
 
+def on_states(function, *fields, others=(), path=None) -> Field:
+    """A field of any state from a function written for arrays: where the state is a pytree, its fields are those of one array (B, D).
+
+    Args:
+      function: (x, t, *fields, *others) -> like x, of one array.
+      *fields: each (x, t) -> like x, of the state.
+      others: functions of the state, and of t or not, to anything.
+      path: one that the state is to fit, if any.
+    Returns:
+      A field, (x, t) -> like x.
+    """
+
+    def field(x, t):
+        if path is not None:
+            fits(path, x)
+        if (layout := states.layout(x)) is None:
+            return function(x, t, *fields, *others)
+        flat = function(layout.flatten("x", x), t, *map(layout.field, fields), *map(layout.of_state, others))
+        return layout.unflatten(flat, like=x)
+
+    return field
+
+
 def lift(t, x) -> chex.ArrayDevice:
     """Times shaped to multiply x: the one place where times meet examples.
 

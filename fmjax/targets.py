@@ -99,17 +99,13 @@ def scale_input(path, network, sigma_data=0.5, *, time=None) -> Field:
     if time is not None:
         checks.function("time", time, "lambda t: targets.c_noise(path, t)")
 
-    def scaled(x, t):
-        paths.fits(path, x)
-        if (layout := states.layout(x)) is not None:
-            flat = scale_input(path, layout.field(network), sigma_data, time=time)(layout.flatten("x", x), t)
-            return layout.unflatten(flat, like=x)
+    def scaled(x, t, network):
         x = checks.floats("x", x)
         lifted = paths.lift(checks.on_path(t), x)
         c_in = 1 / jnp.sqrt((path.alpha(lifted) * sigma_data) ** 2 + path.beta(lifted) ** 2)
         return network((c_in * x).astype(x.dtype), t if time is None else time(t))
 
-    return scaled
+    return paths.on_states(scaled, network, path=path)
 
 
 def c_noise(path, t) -> chex.ArrayDevice:
@@ -128,7 +124,7 @@ def c_noise(path, t) -> chex.ArrayDevice:
         raise TypeError("A joint path has no one noise level at a time: give the network t itself, or the noise level of one leaf's path.")
 
     def level(t):
-        t = jnp.asarray(t, jnp.result_type(float, t))
+        t = jnp.asarray(t, jnp.promote_types(jnp.result_type(float, t), jnp.float32))
         return (jnp.log(path.beta(t)) - jnp.log(path.alpha(t))) / 4
 
     known: Any = 0
@@ -262,14 +258,11 @@ def convert_field(path, field, *, source, target) -> Field:
     checks.function("field", field, checks.FIELD)
     _check_targets(source, target)
 
-    def converted(x, t):
-        if (layout := states.layout(x)) is not None:
-            flat = convert_field(path, layout.field(field), source=source, target=target)(layout.flatten("x", x), t)
-            return layout.unflatten(flat, like=x)
+    def converted(x, t, field):
         checks.times(checks.on_path(t), checks.floats("x", x))
         return convert(path, field(x, t), x, t, source=source, target=target)
 
-    return converted
+    return paths.on_states(converted, field, path=path)
 
 
 def change_path(field, *, source, target) -> Field:
@@ -294,9 +287,7 @@ def change_path(field, *, source, target) -> Field:
         if isinstance(path, paths.Joint):
             raise TypeError("A joint path has no one time for a noise level: change the path of one leaf, or train on the other path.")
 
-    def changed(x, t):
-        if (layout := states.layout(x)) is not None:
-            return layout.unflatten(change_path(layout.field(field), source=source, target=target)(layout.flatten("x", x), t), like=x)
+    def changed(x, t, field):
         known, t = not isinstance(t, Tracer), paths.lift(checks.on_path(t), x)
         # A time that is known stays so, for the field's own check and the conversion's.
         with jax.ensure_compile_time_eval():
@@ -306,7 +297,7 @@ def change_path(field, *, source, target) -> Field:
         s = s.reshape(-1) if s.ndim else s
         return convert(source, field(x_s, s), x_s, s, source=velocity, target=lambda *_: velocity(target, t))
 
-    return changed
+    return paths.on_states(changed, field)
 
 
 def weight(path, t, *, source, target) -> chex.ArrayDevice:

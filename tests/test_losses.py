@@ -215,6 +215,12 @@ def test_nan_in_noise_and_weights_behind_a_mask(key):
     np.testing.assert_array_equal(of(nan_behind(full, x_0), nan_behind(full, x_1), nan_behind(full, weight), mask), clean)
     assert jnp.isfinite(jax.grad(lambda weight: of(x_0, nan_behind(full, x_1), weight, mask).sum())(nan_behind(full, weight))).all()
 
+    def of_power(power):
+        return losses.flow_matching(guess, paths.Polynomial(power), nan_behind(full, x_0), nan_behind(full, x_1), t, mask=mask).sum()
+
+    # Of the path too, whose gradient sums over noise and data.
+    assert jnp.isfinite(jax.grad(of_power)(2.0))
+
 
 def test_a_masked_mean_counts_what_is_there():
     values, mask = jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True])

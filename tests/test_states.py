@@ -24,7 +24,7 @@ DATA = marginals.GaussianMixture(jnp.array([0.3, 0.7]), MEANS, 0.5)
 LAYOUT = states.layout(MEANS)
 FLAT = marginals.GaussianMixture(DATA.weights, LAYOUT.flatten("means", MEANS), 0.5)
 SAME = paths.joint(LINEAR, MEANS)
-TWO = paths.joint({"image": LINEAR, "pose": COSINE, "size": LINEAR}, MEANS)
+TWO = paths.joint({"image": LINEAR, "pose": COSINE, "size": COSINE}, MEANS)
 FLOWS = {name: make for name, (make, _) in cases.PATH_ORDERS.items()} | {"edm_heun": sampling.edm_heun, "path_heun": sampling.path_heun}
 FLOWS |= {step.__name__: lambda path, step=step: step for step, _ in cases.ORDERS}
 """Every solver of a flow, made for a path."""
@@ -87,6 +87,15 @@ def test_a_joint_path_is_of_its_state():
     for path in (TWO, sampling.dpm_solver_pp(TWO, 2).path, sampling.ddim(TWO).path):
         with pytest.raises(ValueError, match=r"joint for the state \{.*\}, but the state is \{.*'size': \(B, 1, 1\)\}"):
             paths.fits(path, other)
+    same = lambda x, t: x
+    for field in (
+        targets.convert_field(TWO, same, source=targets.velocity, target=targets.data),
+        targets.scale_input(TWO, same),
+        sampling.sde_drift(TWO, same, 1.0),
+        inverse.linear_inverse(TWO, same, lambda x: x["pose"], x_1["pose"]),
+    ):
+        with pytest.raises(ValueError, match="The path is joint for the state"):
+            field(other, 0.5)
     with pytest.raises(ValueError, match=r"but x is one array of shape \(16, 3\)"):
         paths.interpolate(TWO, x_0["pose"], x_1["pose"], 0.5)
     with pytest.raises(ValueError, match="the distribution is of one array: make its means or points like the state"):
@@ -99,7 +108,7 @@ def test_every_leaf_goes_along_its_path(t):
     functions = [paths.interpolate, paths.flow, paths.conditional_velocity, paths.conditional_score]
     for function in functions:
         found = function(TWO, x_0, x_1, t)
-        for name, path in (("image", LINEAR), ("pose", COSINE), ("size", LINEAR)):
+        for name, path in (("image", LINEAR), ("pose", COSINE), ("size", COSINE)):
             expected = function(path, x_0[name], x_1[name], t)
             each = [part[name] for part in found] if isinstance(found, tuple) else [found[name]]
             for part, other in zip(each, expected if isinstance(expected, tuple) else [expected], strict=True):
@@ -115,13 +124,13 @@ def test_the_oracle_of_two_paths_is_a_product():
     x, _ = draw()
     for t in (0.3, jnp.linspace(0.1, 0.9, 16)):
         found = marginals.velocity(TWO, one)(x, t), marginals.score(TWO, one)(x, t)
-        for name, path in (("image", LINEAR), ("pose", COSINE), ("size", LINEAR)):
+        for name, path in (("image", LINEAR), ("pose", COSINE), ("size", COSINE)):
             alone = marginals.GaussianMixture(jnp.ones(1), MEANS[name][:1], 0.5)
             np.testing.assert_allclose(found[0][name], marginals.velocity(path, alone)(x[name], t), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(found[1][name], marginals.score(path, alone)(x[name], t), rtol=1e-4, atol=1e-5)
         total = sum(
             marginals.log_density(path, marginals.GaussianMixture(jnp.ones(1), MEANS[name][:1], 0.5))(x[name], t)
-            for name, path in (("image", LINEAR), ("pose", COSINE), ("size", LINEAR))
+            for name, path in (("image", LINEAR), ("pose", COSINE), ("size", COSINE))
         )
         np.testing.assert_allclose(marginals.log_density(TWO, one)(x, t), total, rtol=1e-4, atol=1e-4)
     points = marginals.Empirical(MEANS)

@@ -395,6 +395,7 @@ CALLS: dict[str, Call] = {
     ),
     "targets.c_noise": Call(targets.c_noise, {"path": PATH, "t": T}, {"path": "path"}),
     "paths.joint": Call(paths.joint, {"paths": {"a": PATH}, "x": {"a": X}}, {}),
+    "paths.on_states": Call(paths.on_states, {"function": lambda x, t: x}, {}),
     "paths.fits": Call(paths.fits, {"path": PATH, "x": X}, {"path": "path"}),
     "times.log_normal": Call(
         times.log_normal,

@@ -82,16 +82,13 @@ def sde_extension(velocity_field, score_field, sigma) -> Field:
     checks.function("score_field", score_field, checks.FIELD)
     sigma = coefficient(sigma)
 
-    def drift(x, t):
-        if (layout := states.layout(x)) is not None:
-            flat = sde_extension(layout.field(velocity_field), layout.field(score_field), sigma)(layout.flatten("x", x), t)
-            return layout.unflatten(flat, like=x)
+    def drift(x, t, velocity_field, score_field):
         velocity, score = velocity_field(x, t), score_field(x, t)
         checks.like("The velocity", velocity, x)
         checks.like("The score", score, x)
         return velocity + sigma(paths.lift(t, x)) ** 2 / 2 * score
 
-    return drift
+    return paths.on_states(drift, velocity_field, score_field)
 
 
 def sde_drift(path, velocity_field, sigma) -> Field:
@@ -118,16 +115,13 @@ def sde_drift(path, velocity_field, sigma) -> Field:
     checks.function("velocity_field", velocity_field, checks.FIELD)
     sigma = coefficient(sigma)
 
-    def drift(x, t):
-        paths.fits(path, x)
-        if (layout := states.layout(x)) is not None:
-            return layout.unflatten(sde_drift(path, layout.field(velocity_field), sigma)(layout.flatten("x", x), t), like=x)
+    def drift(x, t, velocity_field):
         checks.times(checks.on_path(t), checks.floats("x", x))
         u = velocity_field(x, t)
         score = targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)
         return sde_extension(lambda x, t: u, lambda x, t: score, sigma)(x, t)
 
-    return drift
+    return paths.on_states(drift, velocity_field, path=path)
 
 
 def langevin(score_field, sigma) -> Field:

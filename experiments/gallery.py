@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from experiments import plots, run_folder
-from fmjax import checkpoints, guidance, paths, sampling, targets, times, training
+from experiments import run_folder
+from fmjax import checkpoints, guidance, paths, plots, sampling, targets, times, training
 from fmjax.data import digits
 from fmjax.models import dit
 
@@ -71,13 +71,13 @@ def draw(config):
         run = functools.partial(sampling.sample_diffusion, PATH, guided, sigma, step=step)
         images[name] = jax.jit(lambda key, x_0, run=run, grid=grid: run(key, x_0, grid)[0])(key_noise, x_0)
     blocks = {f"{config.evaluations} evaluations": jnp.stack([*images.values()])}
-    plots.samples(config.folder / "solvers.png", blocks, images, config.columns, row_height=0.5)
+    plots.samples(blocks, images, columns=config.columns, row_height=0.5).savefig(config.folder / "solvers.png")
 
     blocks = {
         f"scale {scale:g}": jnp.stack([follow(make(field_y, y, scale), sampling.midpoint, 25)(x_0) for make in GUIDANCE.values()])
         for scale in config.scales
     }
-    plots.samples(config.folder / "guidance.png", blocks, GUIDANCE, config.columns, row_height=0.65)
+    plots.samples(blocks, GUIDANCE, columns=config.columns, row_height=0.65).savefig(config.folder / "guidance.png")
     return errors
 
 

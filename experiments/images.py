@@ -35,8 +35,8 @@ import optax
 import tyro
 from flax import linen as nn
 
-from experiments import plots, run_folder
-from fmjax import checkpoints, guidance, losses, metrics, parallel, paths, sampling, targets, times, training
+from experiments import run_folder
+from fmjax import checkpoints, guidance, losses, metrics, parallel, paths, plots, sampling, targets, times, training
 from fmjax.data import digits, fashion_mnist, images, latents, pipeline
 from fmjax.models import dit, layers, unet
 
@@ -624,14 +624,15 @@ def plot_samples(config, data, sample, name):
         x_1 = sample(y, scale)
         blocks["no guidance" if scale == 1 else f"guidance {scale:g}"] = x_1.reshape(-1, DRAWN, *x_1.shape[1:])
     if jax.process_index() == 0:
-        plots.samples(config.folder / name, blocks, data.names[:DRAWN], columns=DRAWN)
+        plots.samples(blocks, data.names[:DRAWN], columns=DRAWN).savefig(config.folder / name)
 
 
 def plot_trajectories(config, data, sample):
     y = np.arange(min(len(data.names), DRAWN))
     states = sample(y, middle(config), save=keep)
     if jax.process_index() == 0:
-        plots.trajectories(config.folder / "trajectories.png", states.swapaxes(0, 1), sampling_times(config), data.names[:DRAWN])
+        figure = plots.trajectories(states.swapaxes(0, 1), sampling_times(config), data.names[:DRAWN])
+        figure.savefig(config.folder / "trajectories.png")
 
 
 def middle(config):

@@ -22,8 +22,8 @@ import numpy as np
 import optax
 import tyro
 
-from experiments import plots, run_folder
-from fmjax import losses, metrics, paths, sampling, targets, times, training
+from experiments import run_folder
+from fmjax import losses, metrics, paths, plots, sampling, targets, times, training
 from fmjax.data import digits, toy
 from fmjax.models import dit, layers, mlp
 
@@ -195,7 +195,7 @@ def draw(config, drawn):
             else:
                 each = len(x) // digits.CLASSES
                 shown = np.stack([x[label * each : label * each + min(each, 10)] for label in range(digits.CLASSES)])
-                plots.show_images(axes, shown)
+                plots.images(axes, shown)
             axes.set(xticks=[], yticks=[], title=kind if name == config.sets[0] else "")
         row[0].set_ylabel(name)
     figure.savefig(config.folder / "samples.png", dpi=120)

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
-from experiments import plots
-from fmjax import checkpoints, files, parallel, training
+from fmjax import checkpoints, files, parallel, plots, training
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +95,9 @@ def train(config, step, run, batches, loss, *, callbacks=(), trace=None):
         last = ended.history[-max(1, len(ended.history) // 10) :]
         numbers[f"training {loss}, last tenth"] = float(np.mean([metrics["loss"] for metrics in last]))
         if jax.process_index() == 0:
-            plots.loss(config.folder / "loss.png", ended.history, loss)
+            figure = Figure(figsize=(6, 3.5), layout="constrained", dpi=plots.DPI)
+            plots.loss(figure.add_subplot(), ended.history, loss)
+            figure.savefig(config.folder / "loss.png")
     return ended.state, numbers
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fmjax import guidance, inverse, likelihood, losses, marginals, paths, sampling, states, targets, times
 
 if TYPE_CHECKING:
-    from fmjax import checkpoints, data, export, metrics, models, parallel, training
+    from fmjax import checkpoints, data, export, metrics, models, parallel, plots, training
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "models",
     "parallel",
     "paths",
+    "plots",
     "sampling",
     "states",
     "targets",

@@ -14,7 +14,7 @@ import fmjax
 ROOT = Path(__file__).parents[1]
 # A chapter imports those before it. The first ones stand on JAX alone, the next on Flax too, the last on Optax and Orbax.
 JAX = ["checks", "files", "states", "paths", "targets", "marginals", "times", "losses", "sampling", "guidance", "inverse", "likelihood"]
-CHAPTERS = [*JAX, *["models", "metrics", "data", "training", "parallel", "checkpoints", "export"]]
+CHAPTERS = [*JAX, *["models", "metrics", "data", "training", "parallel", "checkpoints", "export", "plots"]]
 APART = "experiments", "benchmarks", "tests"
 
 

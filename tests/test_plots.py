@@ -1,12 +1,30 @@
-"""Plots: every image at its place, files that can be read, and what is said where matplotlib is not."""
+"""Plots: every image at its place, pictures of what was given, and what is said where matplotlib is not."""
 
+import io
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib import pyplot
+from matplotlib.figure import Figure
+from PIL import Image
 
-from experiments import plots
+from fmjax import plots
+
+
+@pytest.fixture
+def axes():
+    return Figure(figsize=(3, 3), dpi=80).add_subplot()
+
+
+def drawn(figure):
+    """The pixels of a figure, (H, W, 3) in [0, 1]."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    file.seek(0)
+    return pyplot.imread(file)[..., :3]
 
 
 def test_every_image_is_at_its_place_with_a_line_between():
@@ -23,36 +41,129 @@ def test_every_image_is_at_its_place_with_a_line_between():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_plots_are_written(tmp_path, channels):
+def test_images_are_drawn(axes, channels):
     states = np.random.default_rng(0).normal(size=(7, 2, 8, 8, channels))
-    plots.loss(tmp_path / "loss.png", [{"step": i, "loss": 1 / i} for i in range(1, 9)], "a loss")
-    plots.loss(tmp_path / "below.png", [{"step": i, "loss": -i} for i in range(9)])
-    plots.samples(tmp_path / "samples.png", {"one": states.swapaxes(0, 1), "two": states.swapaxes(0, 1)}, ["a", "b"])
-    plots.trajectories(tmp_path / "trajectories.png", states, np.linspace(0, 1, 7), ["a", "b"], columns=5)
-    for name in ("loss", "below", "samples", "trajectories"):
-        seen = pyplot.imread(tmp_path / f"{name}.png")
-        assert seen[..., :3].std() > 0.05, name
+    plots.images(axes, states)
+    shown = plots.samples({"one": states.swapaxes(0, 1), "two": states.swapaxes(0, 1)}, ["a", "b"])
+    way = plots.trajectories(states, np.linspace(0, 1, 7), ["a", "b"], columns=5)
+    for figure in (axes.figure, shown, way):
+        assert drawn(figure).std() > 0.05
 
 
-def test_few_rows_make_a_low_plot(tmp_path):
+def test_the_loss_is_drawn_on_the_axis_that_fits_it(axes):
+    plots.loss(axes, [{"step": i, "loss": 1 / i} for i in range(1, 9)], "a loss")
+    assert (axes.get_yscale(), axes.get_ylabel()) == ("log", "a loss")
+    plots.loss(axes, [{"step": i, "loss": -i} for i in range(9)])
+    assert axes.get_yscale() == "linear"
+
+
+def test_few_rows_make_a_low_plot():
     images = np.zeros((2, 10, 64, 64, 3))
-    plots.samples(tmp_path / "samples.png", {"one": images, "two": images}, ["a", "b"])
-    plots.trajectories(tmp_path / "trajectories.png", images.swapaxes(0, 1), np.linspace(0, 1, 10), ["a", "b"])
-    for name in ("samples", "trajectories"):
-        height, width = pyplot.imread(tmp_path / f"{name}.png").shape[:2]
-        assert 130 < height < 250, name
-        assert width < 2000, name
+    shown = plots.samples({"one": images, "two": images}, ["a", "b"])
+    way = plots.trajectories(images.swapaxes(0, 1), np.linspace(0, 1, 10), ["a", "b"])
+    for figure in (shown, way):
+        height, width = drawn(figure).shape[:2]
+        assert 130 < height < 250
+        assert width < 2000
 
 
-def test_colours_are_those_of_the_images(tmp_path):
+def test_colours_are_those_of_the_images():
     red = np.full((1, 1, 8, 8, 3), -1.0)
     red[..., 0] = 1.0
-    plots.samples(tmp_path / "red.png", {"red": red}, ["r"])
-    seen = pyplot.imread(tmp_path / "red.png")[..., :3]
+    seen = drawn(plots.samples({"red": red}, ["r"]))
     assert ((seen == [1, 0, 0]).all(-1)).mean() > 0.1
 
 
-def test_matplotlib_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_a_density_is_dark_where_it_is_high(axes):
+    """The peak of a normal at (1, -2) is where the picture says, in its own coordinates."""
+    plots.density(axes, lambda x: -((x - jnp.array([[1.0, -2.0]])) ** 2).sum(-1), extent=(-3, 3, -4, 2), count=61)
+    (image,) = axes.get_images()
+    row, column = np.unravel_index(image.get_array().argmax(), (61, 61))
+    left, right, bottom, top = image.get_extent()
+    assert image.origin == "lower"
+    np.testing.assert_allclose((left + column / 60 * (right - left), bottom + row / 60 * (top - bottom)), (1, -2), atol=0.06)
+    # The corner of the peak is darker than the other corners.
+    seen = drawn(axes.figure).mean(-1)
+    assert seen.min() < 0.4
+
+
+def test_arrows_are_the_field_at_its_points(axes):
+    plots.arrows(axes, lambda x, t: t * jnp.stack([-x[:, 1], x[:, 0]], axis=-1), 0.5, extent=2, count=5)
+    (quiver,) = axes.collections
+    np.testing.assert_allclose(quiver.U, -quiver.XY[:, 1] / 2, atol=1e-6)
+    np.testing.assert_allclose(quiver.V, quiver.XY[:, 0] / 2, atol=1e-6)
+    assert quiver.XY.min() == -2
+
+
+def test_lines_and_points_are_where_the_states_are(axes):
+    states = np.random.default_rng(0).normal(size=(6, 4, 2))
+    plots.lines(axes, states)
+    np.testing.assert_allclose([line.get_xydata() for line in axes.lines], states.swapaxes(0, 1))
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), states[-1])
+    plots.points(axes, states[0])
+    np.testing.assert_allclose(axes.collections[1].get_offsets(), states[0])
+    plots.lines(other := Figure().add_subplot(), states[..., :1], np.linspace(0, 1, 6))
+    np.testing.assert_allclose(other.lines[2].get_ydata(), states[:, 2, 0])
+
+
+def test_points_that_are_not_finite_are_counted_in_the_picture(axes):
+    plots.points(axes, np.array([[0.0, 1.0], [np.nan, 0.0]]))
+    assert axes.get_title() == "1 of 2 points are not finite"
+
+
+def test_the_loss_by_time_is_the_mean_of_each_bin(axes):
+    t = np.linspace(0, 1, 1000, endpoint=False)
+    plots.loss_by_time(axes, t**2, t, bins=4, label="a network")
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [(t[i : i + 250] ** 2).mean() for i in range(0, 1000, 250)])
+
+
+def test_an_animation_has_a_picture_for_each_frame(tmp_path):
+    states = np.stack([np.full((1, 2), x) for x in (-0.5, 0.0, 0.5)])
+    animation = plots.animate(lambda axes, x: plots.points(axes, x, size=200), states, limits=1)
+    animation.save(tmp_path / "states.gif")
+    assert (tmp_path / "states.gif").read_bytes() == animation.gif
+    gif = Image.open(io.BytesIO(animation.gif))
+    places = []
+    for frame in range(gif.n_frames):
+        gif.seek(frame)
+        dark = np.asarray(gif.convert("RGB")).astype(int)
+        blue = (dark[..., 2] - dark[..., 0]) > 80
+        places.append(np.argwhere(blue).mean(0))
+    assert gif.n_frames == 3
+    # To the right and upwards, by as much each time.
+    (up, right) = np.diff(np.array(places), axis=0).T
+    assert (right > 10).all()
+    assert (up < -10).all()
+    np.testing.assert_allclose(right, right[0], atol=1)
+    assert animation._repr_html_().startswith("<img")
+
+
+def test_panels_of_an_animation_are_side_by_side():
+    seen = []
+    plots.animate(lambda panels, frame: seen.append((len(panels), frame)), [0, 1], columns=2)
+    assert seen == [(2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda axes: plots.points(axes, np.zeros((5, 3))), r"x has shape \(5, 3\), but it is in the plane"),
+        (lambda axes: plots.lines(axes, np.zeros((5, 3))), r"states has shape \(5, 3\), but it is in the plane"),
+        (lambda axes: plots.lines(axes, np.zeros((5, 3)), np.zeros(4)), r"states have shape \(5, 3\) and times \(4,\)"),
+        (lambda axes: plots.density(axes, lambda x: x), r"log_density gives shape \(40000, 2\)"),
+        (lambda axes: plots.density(axes, jnp.sum, extent=(0, 1)), r"extent is \(0, 1\)"),
+        (lambda axes: plots.density(axes, jnp.sum, extent=-1), r"left is less than right"),
+        (lambda axes: plots.arrows(axes, lambda x, t: x[:, 0], 0.5), r"field gives shape \(289,\) for \(289, 2\)"),
+        (lambda axes: plots.images(axes, np.zeros((2, 8, 8, 1))), r"images have shape \(2, 8, 8, 1\)"),
+        (lambda axes: plots.animate(lambda axes, x: None, []), r"frames is empty"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(axes, call, said):
+    with pytest.raises(ValueError, match=said):
+        call(axes)
+
+
+def test_matplotlib_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"matplotlib: pip install 'fmjax\[experiments\]'"):
-        plots.loss(tmp_path / "loss.png", [])
+    with pytest.raises(ImportError, match=r"matplotlib: pip install 'fmjax\[plots\]'"):
+        plots.samples({"one": jax.numpy.zeros((1, 1, 8, 8, 1))}, ["a"])

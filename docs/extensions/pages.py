@@ -1,0 +1,103 @@
+"""Pages: Markdown whose Python blocks run, in order, when the site is built.
+
+A page is plain Markdown, so that it reads well anywhere. Each block of Python is a cell of one notebook; what the reader need not see,
+such as a check of what the page claims, is a cell in a comment:
+
+    <!-- check
+    assert distance < 0.1
+    -->
+
+To run one page alone, and to look at its pictures:
+
+    python docs/extensions/pages.py docs/quickstart.md --pictures runs/pictures
+"""
+
+import argparse
+import base64
+import re
+import sys
+import time
+from pathlib import Path
+
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+# Blocks at the margin: three backticks and the language, or a comment that begins with `check`.
+CELL = re.compile(r"^```python\n(?P<shown>.*?)^```$|^<!-- check\n(?P<hidden>.*?)^-->$", re.DOTALL | re.MULTILINE)
+# Pictures as sharp as a phone's, in the page's own size; a warning is an error, in a page as in the tests.
+SETUP = """\
+import os, warnings
+os.environ.setdefault("PJRT_NPROC", "16")
+import matplotlib
+import matplotlib_inline.backend_inline as inline
+get_ipython().run_line_magic("matplotlib", "inline")
+inline.set_matplotlib_formats("retina")
+matplotlib.rcParams.update({"figure.dpi": 75, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9.5,
+    "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "standard"})
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", module="IPython|ipykernel|jupyter_client|traitlets|asyncio|zmq")
+"""
+
+
+def read(text):
+    """The notebook of a page. Pages without Python have no cells that run."""
+    cells, end, runs = [], 0, False
+    for found in CELL.finditer(text):
+        if prose := text[end : found.start()].strip():
+            cells.append(new_markdown_cell(prose))
+        end = found.end()
+        hidden = found["hidden"] is not None
+        source = (found["hidden"] if hidden else found["shown"]).rstrip()
+        cells.append(new_code_cell(source, metadata={"tags": ["remove-cell"]} if hidden else {}))
+        runs = True
+    if prose := text[end:].strip():
+        cells.append(new_markdown_cell(prose))
+    if runs:
+        cells.insert(0, new_code_cell(SETUP, metadata={"tags": ["remove-cell"]}))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+    # The names of cells are drawn at random otherwise, and no page would be the same twice.
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+    return notebook
+
+
+def runs(page):
+    """Whether a page has anything to run."""
+    return CELL.search(Path(page).read_text()) is not None
+
+
+def run(page, pictures):
+    """Runs one page, prints what its cells print, and writes their pictures into a folder."""
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    notebook, began = read(Path(page).read_text()), time.perf_counter()
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(page).parent)}})
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        sys.exit(f"{page}: {error}")
+    count = 0
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        for output in cell.outputs:
+            data = output.get("data", {})
+            html = re.search(r"data:image/gif;base64,([^\"]+)", data.get("text/html", ""))
+            encoded = {"png": data.get("image/png"), "gif": html and html[1]}
+            for ending, picture in encoded.items():
+                if picture and pictures:
+                    pictures.mkdir(parents=True, exist_ok=True)
+                    (pictures / f"{Path(page).stem}_{count}.{ending}").write_bytes(base64.b64decode(picture))
+                count += bool(picture)
+            print(output.get("text", "") or ("" if any(encoded.values()) else data.get("text/plain", "")), end="")
+    print(f"\n{page}: {count} pictures, {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("--pictures", type=Path)
+    given = parser.parse_args()
+    for page in given.pages:
+        run(page, given.pictures)

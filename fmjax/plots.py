@@ -1,0 +1,304 @@
+"""Plots: densities, fields, trajectories and samples, as matplotlib draws them; noise that becomes data, as an animation.
+
+A function that fills one panel takes it first, `plots.density(axes, ...)`, so it stands beside whatever else a figure shows; one that
+lays out several gives a Figure, for `savefig` or a notebook. States are in the plane, (B, 2), or images, (B, H, W, C) in [-1, 1].
+
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    plots.density(axes, log_density, extent=6)
+    plots.lines(axes, saved)
+
+They need matplotlib (`pip install 'fmjax[plots]'`).
+"""
+
+import base64
+import dataclasses
+import io
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax.training import evaluation
+
+__all__ = ["Animation", "animate", "arrows", "density", "images", "lines", "loss", "loss_by_time", "points", "samples", "trajectories"]
+
+DPI = 120
+
+
+def _grid(extent, count):
+    """Points of a square or a rectangle, (count^2, 2), row by row from below, and its sides (left, right, bottom, top)."""
+    sides = np.asarray(extent, float)
+    if sides.shape not in [(), (4,)]:
+        raise ValueError(f"extent is {extent!r}, but it is one number, for a square about 0, or (left, right, bottom, top).")
+    left, right, bottom, top = sides if sides.ndim else (-sides, sides, -sides, sides)
+    if not (left < right and bottom < top):
+        raise ValueError(f"extent is {extent!r}, but left is less than right and bottom less than top.")
+    x, y = np.meshgrid(np.linspace(left, right, count), np.linspace(bottom, top, count))
+    return jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=-1), jnp.float32), (left, right, bottom, top)
+
+
+def _plane(name, x):
+    x = np.asarray(x)
+    if x.ndim < 2 or x.shape[-1] != 2:
+        raise ValueError(f"{name} has shape {x.shape}, but it is in the plane, (..., 2).")
+    return x
+
+
+def density(axes, log_density, *, extent=4.0, count=200, cmap="Blues"):
+    """Draws a density of the plane, dark where it is high.
+
+    Args:
+      axes: the panel.
+      log_density: x (B, 2) -> log p(x), (B,), as `lambda x: marginals.log_density(path, distribution)(x, t)`.
+      extent: half the side of a square about 0, or (left, right, bottom, top).
+      count: points along each side at which it is evaluated.
+      cmap: a colour map of matplotlib.
+    """
+    x, sides = _grid(extent, count)
+    log_p = np.asarray(jax.jit(log_density)(x))
+    if log_p.shape != (count**2,):
+        raise ValueError(f"log_density gives shape {log_p.shape} for {count**2} points, but it gives one number per point.")
+    axes.imshow(np.exp(log_p).reshape(count, count), extent=sides, origin="lower", cmap=cmap, aspect="equal", interpolation="bilinear")
+
+
+def arrows(axes, field, t, *, extent=4.0, count=17, color="0.25"):
+    """Draws a field of the plane at one time as arrows.
+
+    Args:
+      axes: the panel.
+      field: (x, t) -> like x.
+      t: the time, one number.
+      extent: half the side of a square about 0, or (left, right, bottom, top).
+      count: arrows along each side.
+      color: a colour of matplotlib.
+    """
+    x, sides = _grid(extent, count)
+    values = np.asarray(jax.jit(field)(x, jnp.float32(t)))
+    if values.shape != x.shape:
+        raise ValueError(f"field gives shape {values.shape} for {x.shape}, but a field gives values like x.")
+    axes.quiver(*x.T, *values.T, angles="xy", color=color, pivot="mid", width=0.0035)
+    axes.set(xlim=sides[:2], ylim=sides[2:], aspect="equal")
+
+
+def points(axes, x, *, color="C0", size=2.0, label=None):
+    """Draws points of the plane, (B, 2), as dots.
+
+    Args:
+      axes: the panel.
+      x: the points; those that are not finite are left out, and the panel says how many.
+      color: a colour of matplotlib, or a number per point.
+      size: area of a dot, in points squared.
+      label: what they are, for a legend.
+    """
+    x = _plane("x", x).reshape(-1, 2)
+    lost = int((~np.isfinite(x).all(-1)).sum())
+    axes.scatter(*x.T, s=size, c=color, linewidths=0, label=label)
+    axes.set(aspect="equal")
+    if lost:
+        axes.set_title(f"{lost} of {len(x)} points are not finite", color="C3")
+
+
+def lines(axes, states, times=None, *, color="0.4", width=0.7):
+    """Draws trajectories: curves of the plane, which end in a dot, or numbers against time.
+
+    Args:
+      axes: the panel.
+      states: as a sampler saves them, (times, n, 2), or, with `times`, (times, n) or (times, n, 1).
+      times: the grid, (times,), for states on the line.
+      color: a colour of matplotlib.
+      width: of a line, in points.
+    """
+    states = np.asarray(states)
+    if times is None:
+        states = _plane("states", states)
+        axes.plot(states[..., 0], states[..., 1], color=color, linewidth=width, alpha=0.6)
+        axes.scatter(*states[-1].T, s=6, color="C3", zorder=3)
+        axes.set(aspect="equal")
+        return
+    states = states[..., 0] if states.ndim == 3 and states.shape[-1] == 1 else states
+    if states.ndim != 2 or len(states) != len(times):
+        raise ValueError(f"states have shape {states.shape} and times {np.shape(times)}, but on the line states are (times, n).")
+    axes.plot(np.asarray(times), states, color=color, linewidth=width, alpha=0.6)
+    axes.set(xlabel="t")
+
+
+def loss(axes, history, label="loss"):
+    """Draws the loss over the steps, on a logarithmic axis where it is positive.
+
+    Args:
+      axes: the panel.
+      history: metrics with `step` and `loss`, as `training.fit` gives them.
+      label: what the loss is.
+    """
+    axes.plot([metrics["step"] for metrics in history], [metrics["loss"] for metrics in history], linewidth=1)
+    positive = all(metrics["loss"] > 0 for metrics in history)
+    axes.set(xlabel="step", ylabel=label, yscale="log" if positive else "linear")
+    axes.grid(alpha=0.3)
+
+
+def loss_by_time(axes, losses, times, *, bins=10, label=None):
+    """Draws the mean loss in equal bins of t, with two standard errors, and so where a network finds its task hard.
+
+    Args:
+      axes: the panel.
+      losses: one per example, (N,).
+      times: theirs, (N,), in [0, 1].
+      bins: how many.
+      label: what they are, for a legend.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    mean, error, _ = evaluation.loss_by_time(np.asarray(losses), np.asarray(times), edges)
+    axes.errorbar((edges[1:] + edges[:-1]) / 2, mean, 2 * error, marker="o", markersize=3, linewidth=1, capsize=2, label=label)
+    axes.set(xlabel="t", ylabel="loss")
+    axes.grid(alpha=0.3)
+
+
+def images(axes, shown):
+    """Draws images side by side in one panel.
+
+    Args:
+      axes: the panel.
+      shown: (rows, columns, H, W, C) in [-1, 1]: in colours where C is 3, else the first channel in grey, dark on light.
+    """
+    _show(axes, _tile(shown))
+    axes.set(xticks=[], yticks=[])
+
+
+def samples(blocks, rows, *, columns=10, row_height=0.39):
+    """Draws blocks of images side by side, whose rows are classes.
+
+    Args:
+      blocks: the title of each block and its images, (classes, n, H, W, C) in [-1, 1], as for `images`.
+      rows: the classes' names.
+      columns: images of a class that are drawn.
+      row_height: height of each row, in inches; more where its pixels need more.
+    Returns:
+      A Figure.
+    """
+    shown = {title: _tile(block[:, :columns]) for title, block in blocks.items()}
+    first = next(iter(shown.values()))
+    height = max(row_height * len(rows), first.shape[0] / DPI, 1.0)
+    width = height * first.shape[1] / first.shape[0]
+    figure = _figure(max(width, 1.2) * len(shown) + 0.6, height + 0.2)
+    for i, (title, image) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(1, len(shown), i)
+        _show(axes, image)
+        axes.set(title=title, xticks=[], yticks=[])
+        if i == 1:
+            axes.set(**_ticks("y", rows, image.shape[0]))
+    return figure
+
+
+def trajectories(states, times, rows, *, columns=11):
+    """Draws images on their way from noise to data: one in each row, time from left to right.
+
+    Args:
+      states: (times, n, H, W, C), as a sampler saves them.
+      times: the grid, (times,).
+      rows: the images' names.
+      columns: times that are drawn.
+    Returns:
+      A Figure.
+    """
+    states, times = np.asarray(states), np.asarray(times)
+    chosen = np.linspace(0, len(times) - 1, columns).round().astype(int)
+    image = _tile(states[chosen].swapaxes(0, 1))
+    height = max(0.54 * len(rows), image.shape[0] / DPI)
+    figure = _figure(0.6 + height * image.shape[1] / image.shape[0], height + 0.4)
+    axes = figure.add_subplot()
+    _show(axes, image)
+    axes.set(xlabel="t", **_ticks("x", [f"{times[i]:.1f}" for i in chosen], image.shape[1]), **_ticks("y", rows, image.shape[0]))
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Animation:
+    """A moving picture that a notebook shows; see `animate`, which makes it."""
+
+    gif: bytes = dataclasses.field(repr=False)
+    """The picture, a GIF that repeats."""
+
+    def save(self, file):
+        """Writes it, `animation.save("samples.gif")`."""
+        Path(file).write_bytes(self.gif)
+
+    def _repr_html_(self):
+        return f'<img class="animation" src="data:image/gif;base64,{base64.b64encode(self.gif).decode()}" alt="animation">'
+
+
+def animate(draw, frames, *, columns=1, size=3.4, seconds=4.0, limits=None) -> Animation:
+    """Draws one picture per frame and puts them one after the other; the last stays for a second.
+
+    Args:
+      draw: `(panels, frame) -> None`, which fills empty panels: one panel, or a list of them where `columns` is more.
+      frames: what it draws, in order, such as `enumerate(times)`.
+      columns: panels side by side.
+      size: side of a panel, in inches.
+      seconds: of the whole, before the last frame stays.
+      limits: (left, right, bottom, top) of each panel, or one number for a square about 0, so that nothing jumps.
+    Returns:
+      An Animation: the last expression of a notebook's cell, or `.save("samples.gif")`.
+    """
+    from PIL import Image
+
+    frames = list(frames)
+    if not frames:
+        raise ValueError("frames is empty, but an animation has at least one.")
+    figure = _figure(size * columns, size)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas, pictures = FigureCanvasAgg(figure), []
+    figure.set_dpi(90)
+    for frame in frames:
+        figure.clear()
+        panels = [figure.add_subplot(1, columns, i) for i in range(1, columns + 1)]
+        draw(panels[0] if columns == 1 else panels, frame)
+        if limits is not None:
+            left, right, bottom, top = (-limits, limits, -limits, limits) if np.ndim(limits) == 0 else limits
+            for axes in panels:
+                axes.set(xlim=(left, right), ylim=(bottom, top))
+        canvas.draw()
+        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
+    # One palette, that of the last frame, so that colours do not flicker.
+    last = pictures[-1].quantize(128, dither=Image.Dither.NONE)
+    pictures = [picture.quantize(palette=last, dither=Image.Dither.NONE) for picture in pictures]
+    each = max(20, round(1000 * seconds / len(pictures)))
+    written = io.BytesIO()
+    durations = [each] * (len(pictures) - 1) + [each + 1000]
+    pictures[0].save(written, format="gif", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
+    return Animation(written.getvalue())
+
+
+def _figure(width, height):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'fmjax[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+
+
+def _tile(shown):
+    """(rows, columns, H, W, C) to one image of 1 or 3 channels, with a line between."""
+    shown = np.asarray(shown)
+    if shown.ndim != 5:
+        raise ValueError(f"images have shape {shown.shape}, but they are (rows, columns, H, W, C).")
+    shown = shown if shown.shape[-1] == 3 else shown[..., :1]
+    rows, columns, height, width, channels = shown.shape
+    padded = np.pad(shown, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-1 if channels == 1 else 1)
+    return padded.swapaxes(1, 2).reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+
+
+def _show(axes, image):
+    if image.shape[-1] == 1:
+        axes.imshow(image[..., 0], cmap="gray_r", vmin=-1, vmax=1)
+    else:
+        axes.imshow(np.clip(0.5 + 0.5 * image, 0, 1))
+
+
+def _ticks(axis, names, pixels):
+    """A name in the middle of each of equal parts."""
+    size = (pixels + 1) / len(names)
+    return {f"{axis}ticks": (np.arange(len(names)) + 0.5) * size - 1, f"{axis}ticklabels": list(names)}

@@ -6,7 +6,7 @@ lays out several gives a Figure, for `savefig` or a notebook. States are in the 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots()
-    plots.density(axes, log_density, extent=6)
+    plots.density(axes, marginals.log_density(path, distribution), 1.0, extent=6)
     plots.lines(axes, saved)
 
 They need matplotlib (`pip install 'fmjax[plots]'`).
@@ -47,21 +47,23 @@ def _plane(name, x):
     return x
 
 
-def density(axes, log_density, *, extent=4.0, count=200, cmap="Blues"):
+def density(axes, log_density, t=None, *, extent=4.0, count=200, cmap="Blues"):
     """Draws a density of the plane, dark where it is high.
 
     Args:
       axes: the panel.
-      log_density: x (B, 2) -> log p(x), (B,), as `lambda x: marginals.log_density(path, distribution)(x, t)`.
+      log_density: (x, t) -> log p_t(x), (B,), for x (B, 2), as `marginals.log_density(path, distribution)`; without `t` a function of x.
+      t: the time, one number, or None.
       extent: half the side of a square about 0, or (left, right, bottom, top).
       count: points along each side at which it is evaluated.
       cmap: a colour map of matplotlib.
     """
     x, sides = _grid(extent, count)
-    log_p = np.asarray(jax.jit(log_density)(x))
+    log_p = np.asarray(jax.jit(log_density)(x) if t is None else jax.jit(log_density)(x, jnp.float32(t)))
     if log_p.shape != (count**2,):
         raise ValueError(f"log_density gives shape {log_p.shape} for {count**2} points, but it gives one number per point.")
     axes.imshow(np.exp(log_p).reshape(count, count), extent=sides, origin="lower", cmap=cmap, aspect="equal", interpolation="bilinear")
+    axes.set(xlim=sides[:2], ylim=sides[2:])
 
 
 def arrows(axes, field, t, *, extent=4.0, count=17, color="0.25"):
@@ -262,9 +264,10 @@ def animate(draw, frames, *, columns=1, size=3.4, seconds=4.0, limits=None) -> A
                 axes.set(xlim=(left, right), ylim=(bottom, top))
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
-    # One palette, that of the last frame, so that colours do not flicker.
-    last = pictures[-1].quantize(128, dither=Image.Dither.NONE)
-    pictures = [picture.quantize(palette=last, dither=Image.Dither.NONE) for picture in pictures]
+    # One palette, of the first, the middle and the last frame, so that colours do not flicker.
+    some = np.concatenate([np.asarray(pictures[i]) for i in (0, len(pictures) // 2, -1)])
+    palette = Image.fromarray(some).quantize(128, dither=Image.Dither.NONE)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     each = max(20, round(1000 * seconds / len(pictures)))
     written = io.BytesIO()
     durations = [each] * (len(pictures) - 1) + [each + 1000]

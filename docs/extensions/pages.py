@@ -32,7 +32,7 @@ import matplotlib_inline.backend_inline as inline
 get_ipython().run_line_magic("matplotlib", "inline")
 inline.set_matplotlib_formats("retina")
 matplotlib.rcParams.update({"figure.dpi": 75, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9.5,
-    "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "standard"})
+    "savefig.bbox": "standard"})
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", module="IPython|ipykernel|jupyter_client|traitlets|asyncio|zmq")
 """

@@ -17,7 +17,7 @@ import pytest
 import fmjax
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "notation.md"
+PAGE = ROOT / "docs" / "formulas.md"
 CHAPTERS = sorted(module.name for module in pkgutil.iter_modules(fmjax.__path__))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
@@ -46,7 +46,7 @@ def test_the_library_has_what_the_page_names():
             pkgutil.resolve_name(f"fmjax.{name}")
         except (AttributeError, ImportError):
             missing.append(name)
-    assert not missing, f"docs/notation.md names what fmjax has not: {missing}"
+    assert not missing, f"docs/formulas.md names what fmjax has not: {missing}"
 
 
 def test_the_tests_that_the_page_names_exist():
@@ -54,7 +54,7 @@ def test_the_tests_that_the_page_names_exist():
     assert len(cited) > 40
     tests = {file.name: cases_in(file) for file in (ROOT / "tests").glob("test_*.py")}
     missing = [f"{file}::{test}" for file, test in cited if test not in tests.get(file, ())]
-    assert not missing, f"docs/notation.md names tests that are not there: {missing}"
+    assert not missing, f"docs/formulas.md names tests that are not there: {missing}"
 
 
 @pytest.mark.parametrize("chapter", ["paths", "targets", "marginals", "losses", "sampling", "guidance", "inverse", "likelihood"])
@@ -66,7 +66,7 @@ def test_the_page_names_every_function(chapter):
         if function.__module__.startswith(module.__name__) and not name.startswith("_")
     }
     missing = sorted(public - set(library_names(PAGE.read_text())))
-    assert not missing, f"docs/notation.md has no row for {missing}: add one, with the formula and its test"
+    assert not missing, f"docs/formulas.md has no row for {missing}: add one, with the formula and its test"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""The course notes: formulas of docs/notation.md that no chapter's tests hold, and its translations of letters."""
+"""The course notes: formulas of docs/formulas.md that no chapter's tests hold, and its translations of letters."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench.  PYTHON=python3.12 picks another interpreter and JAX=0.11.2 another version of JAX
+# make demo · make test · make docs · make lint · make bench.  PYTHON=python3.12 picks another interpreter and JAX=0.11.2 another version of JAX
 # than requirements.lock has, each with an environment of its own.
 PYTHON ?= python3
 ifeq ($(origin PYTHON), command line)
@@ -12,7 +12,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
+.PHONY: demo test docs links lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,12 @@ demo: $(READY)  ## trains on real digits and draws what it learnt: 2 to 3 minute
 
 test: $(READY)  ## the whole suite; ARGS="-k paths" picks
 	$(RUN) -m pytest --numprocesses auto $(ARGS)
+
+docs: $(READY)  ## the site, in docs/_build/html: runs every page, and fails where one does not
+	$(RUN) -m sphinx --builder html --jobs auto --fail-on-warning --keep-going --quiet docs docs/_build/html $(ARGS)
+
+links: $(READY)  ## asks every link of the site that leads outside; needs a network
+	$(RUN) -m sphinx --builder linkcheck --define nb_execution_mode=off docs docs/_build/links
 
 lint: $(READY)  ## ruff and pyright
 	$(RUN) -m ruff check .
@@ -103,4 +109,4 @@ lock:  ## pins the newest versions that pyproject.toml allows, for every support
 		--upgrade pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf dist build .venv .venv-* .venv.package .venv.baselines .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf dist build docs/_build .venv .venv-* .venv.package .venv.baselines .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from experiments import run_folder
-from fmjax import marginals, metrics, paths, sampling, times
+from fmjax import marginals, metrics, paths, plots, sampling, times
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -215,17 +215,14 @@ def draw_paths(axes, grid, states, variance, count=60):
     axes.set(xlim=(0, grid[-1]))
 
 
-def draw_langevin(file, shown, log_density, means, config, side=160, count=1000):
+def draw_langevin(file, shown, log_density, means, config, count=1000):
     """Samples at several times over the contours of the stationary density."""
     limit = 1.1 * max(config.mode_scale / 2 + 2 * config.mode_std, 2.3 * config.langevin_spread)
-    ticks = np.linspace(-limit, limit, side)
-    points = jnp.stack(jnp.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
-    density = np.exp(log_density(points, 1.0)).reshape(side, side)
     figure, axes_grid = plt.subplots(2, 3, figsize=(10.5, 7.4), layout="constrained", sharex=True, sharey=True)
     for axes, (title, x) in zip(axes_grid.flat, shown, strict=True):
-        axes.contourf(ticks, ticks, density, levels=np.linspace(0.02, 1.05, 8) * density.max(), cmap="Blues", alpha=0.8)
-        axes.scatter(*x[:count].T, s=4, color=POINTS, alpha=0.6, linewidths=0)
-        axes.set(title=title, aspect="equal", xlim=(-limit, limit), ylim=(-limit, limit))
+        plots.density(axes, log_density, 1.0, extent=limit)
+        plots.points(axes, x[:count], color=POINTS)
+        axes.set(title=title)
     figure.suptitle(f"Langevin dynamics, $\\sigma$ = {config.langevin_sigma:g}, over the density that it leaves as it is")
     save(file, figure)
 

@@ -24,10 +24,9 @@ import matplotlib
 import numpy as np
 import optax
 import tyro
-from scipy import ndimage
 
 from experiments import run_folder
-from fmjax import losses, metrics, paths, sampling, targets, times, training
+from fmjax import losses, metrics, paths, plots, sampling, targets, times, training
 from fmjax.data import toy
 from fmjax.models import mlp
 
@@ -201,12 +200,6 @@ def window(*points):
     return 1.08 * max(float(jnp.quantile(jnp.abs(x), 0.999)) for x in points)
 
 
-def density(points, limit, bins=160, blur=2.0):
-    """A smooth histogram on the square, for `imshow`."""
-    counts = np.histogram2d(*np.asarray(points).T, bins=bins, range=[(-limit, limit)] * 2)[0] / len(points)
-    return ndimage.gaussian_filter(counts.T, blur)
-
-
 def draw_density(file, states, grid, path, exact, frames=(0.0, 0.4, 0.7, 0.9, 1.0)):
     """The samples' p_t above the exact one, which is of points on the path between source and data."""
     x_0, x_1 = exact
@@ -214,11 +207,9 @@ def draw_density(file, states, grid, path, exact, frames=(0.0, 0.4, 0.7, 0.9, 1.
     figure, axes_grid = plt.subplots(2, len(frames), figsize=(2.4 * len(frames), 5.1), layout="constrained", sharex=True, sharey=True)
     for frame, (above, below) in zip(frames, axes_grid.T, strict=True):
         i = int(np.abs(grid - frame).argmin())
-        images = density(states[i], limit), density(paths.interpolate(path, x_0, x_1, grid[i]), limit)
-        for axes, image in zip((above, below), images, strict=True):
-            axes.imshow(image, extent=(-limit, limit) * 2, origin="lower", cmap="magma", vmin=0, vmax=1.1 * images[1].max())
-            axes.set(xticks=[], yticks=[])
-        above.set_title(f"t = {grid[i]:.2f}")
+        top = plots.histogram(below, paths.interpolate(path, x_0, x_1, grid[i]), extent=limit, cmap="magma")
+        plots.histogram(above, states[i], extent=limit, cmap="magma", top=top)
+        above.set(title=f"t = {grid[i]:.2f}", xticks=[], yticks=[])
     axes_grid[0, 0].set_ylabel("model", fontsize=12)
     axes_grid[1, 0].set_ylabel("exact", fontsize=12)
     figure.savefig(file, dpi=120)
@@ -240,22 +231,16 @@ def draw_trajectories(file, states, config, count=400):
     plt.close(figure)
 
 
-def draw_field(file, velocity, path, exact, config, frames=(0.05, 0.3, 0.6, 0.9), side=32):
+def draw_field(file, velocity, path, exact, config, frames=(0.05, 0.3, 0.6, 0.9)):
     """Streamlines of the velocity, coloured by speed, over the exact density."""
     x_0, x_1 = exact
     limit = 1.1 * window(x_1)
-    ticks = np.linspace(-limit, limit, side)
-    x = jnp.stack(jnp.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
     figure, row = plt.subplots(1, len(frames), figsize=(3.2 * len(frames), 3.6), layout="constrained", sharex=True, sharey=True)
     for axes, t in zip(row, frames, strict=True):
-        u = np.asarray(velocity(x, jnp.clip(t, config.start, config.end))).reshape(side, side, 2)
-        image = density(paths.interpolate(path, x_0, x_1, t), limit)
-        axes.imshow(image, extent=(-limit, limit) * 2, origin="lower", cmap="Greys", alpha=0.6)
-        lines = axes.streamplot(
-            ticks, ticks, u[..., 0], u[..., 1], color=np.linalg.norm(u, axis=-1), cmap="viridis", linewidth=0.9, density=1.1, arrowsize=0.8
-        )
-        figure.colorbar(lines.lines, ax=axes, location="bottom", shrink=0.8, aspect=30, label="speed")
-        axes.set(title=f"velocity at t = {t:g}", xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        plots.histogram(axes, paths.interpolate(path, x_0, x_1, t), extent=limit, cmap="Greys")
+        lines = plots.streamlines(axes, velocity, np.clip(t, config.start, config.end), extent=limit)
+        figure.colorbar(lines, ax=axes, location="bottom", shrink=0.8, aspect=30, label="speed")
+        axes.set(title=f"velocity at t = {t:g}", xticks=[], yticks=[])
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

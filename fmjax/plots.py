@@ -20,24 +20,52 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import ndimage
 
 from fmjax.training import evaluation
 
-__all__ = ["Animation", "animate", "arrows", "density", "images", "lines", "loss", "loss_by_time", "points", "samples", "trajectories"]
+__all__ = [
+    "density",
+    "histogram",
+    "points",
+    "arrows",
+    "streamlines",
+    "lines",
+    "loss",
+    "loss_by_time",
+    "images",
+    "samples",
+    "trajectories",
+    "animate",
+    "Animation",
+]
 
 DPI = 120
 
 
-def _grid(extent, count):
-    """Points of a square or a rectangle, (count^2, 2), row by row from below, and its sides (left, right, bottom, top)."""
+def _sides(extent):
+    """(left, right, bottom, top)."""
     sides = np.asarray(extent, float)
     if sides.shape not in [(), (4,)]:
         raise ValueError(f"extent is {extent!r}, but it is one number, for a square about 0, or (left, right, bottom, top).")
     left, right, bottom, top = sides if sides.ndim else (-sides, sides, -sides, sides)
     if not (left < right and bottom < top):
         raise ValueError(f"extent is {extent!r}, but left is less than right and bottom less than top.")
-    x, y = np.meshgrid(np.linspace(left, right, count), np.linspace(bottom, top, count))
-    return jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=-1), jnp.float32), (left, right, bottom, top)
+    return left, right, bottom, top
+
+
+def _grid(extent, count):
+    """Points of a square or a rectangle, (count^2, 2), row by row from below, and its sides."""
+    sides = _sides(extent)
+    x, y = np.meshgrid(np.linspace(*sides[:2], count), np.linspace(*sides[2:], count))
+    return jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=-1), jnp.float32), sides
+
+
+def _values(field, x, t):
+    values = np.asarray(jax.jit(field)(x, jnp.float32(t)))
+    if values.shape != x.shape:
+        raise ValueError(f"field gives shape {values.shape} for {x.shape}, but a field gives values like x.")
+    return values
 
 
 def _plane(name, x):
@@ -66,6 +94,50 @@ def density(axes, log_density, t=None, *, extent=4.0, count=200, cmap="Blues"):
     axes.set(xlim=sides[:2], ylim=sides[2:])
 
 
+def histogram(axes, x, *, extent=4.0, bins=160, blur=2.0, top=None, cmap="Blues"):
+    """Draws how dense points of the plane lie, as a smooth histogram.
+
+    Args:
+      axes: the panel.
+      x: the points, (B, 2); those outside the extent are not drawn, but count.
+      extent: half the side of a square about 0, or (left, right, bottom, top).
+      bins: along each side.
+      blur: standard deviation of the smoothing, in bins.
+      top: the density that is darkest, for panels that are compared; the highest one where it is None.
+      cmap: a colour map of matplotlib.
+    Returns:
+      The highest density, a number.
+    """
+    x, sides = _plane("x", x).reshape(-1, 2), _sides(extent)
+    counts = np.histogram2d(*x.T, bins=bins, range=[sides[:2], sides[2:]])[0]
+    cell = (sides[1] - sides[0]) * (sides[3] - sides[2]) / bins**2
+    shown = ndimage.gaussian_filter(counts.T / (len(x) * cell), blur)
+    axes.imshow(shown, extent=sides, origin="lower", cmap=cmap, vmin=0, vmax=top)
+    axes.set(xlim=sides[:2], ylim=sides[2:])
+    return float(shown.max())
+
+
+def streamlines(axes, field, t, *, extent=4.0, count=32, cmap="viridis"):
+    """Draws a field of the plane at one time as curves along it, coloured by its size.
+
+    Args:
+      axes: the panel.
+      field: (x, t) -> like x.
+      t: the time, one number.
+      extent: half the side of a square about 0, or (left, right, bottom, top).
+      count: points along each side at which it is evaluated.
+      cmap: a colour map of matplotlib.
+    Returns:
+      What a colour bar belongs to, as in `figure.colorbar(plots.streamlines(...), ax=axes, label="speed")`.
+    """
+    x, sides = _grid(extent, count)
+    u, v = _values(field, x, t).T.reshape(2, count, count)
+    ticks = np.linspace(*sides[:2], count), np.linspace(*sides[2:], count)
+    drawn = axes.streamplot(*ticks, u, v, color=np.hypot(u, v), cmap=cmap, linewidth=0.9, density=1.1, arrowsize=0.8)
+    axes.set(xlim=sides[:2], ylim=sides[2:], aspect="equal")
+    return drawn.lines
+
+
 def arrows(axes, field, t, *, extent=4.0, count=17, color="0.25"):
     """Draws a field of the plane at one time as arrows.
 
@@ -78,10 +150,7 @@ def arrows(axes, field, t, *, extent=4.0, count=17, color="0.25"):
       color: a colour of matplotlib.
     """
     x, sides = _grid(extent, count)
-    values = np.asarray(jax.jit(field)(x, jnp.float32(t)))
-    if values.shape != x.shape:
-        raise ValueError(f"field gives shape {values.shape} for {x.shape}, but a field gives values like x.")
-    axes.quiver(*x.T, *values.T, angles="xy", color=color, pivot="mid", width=0.0035)
+    axes.quiver(*x.T, *_values(field, x, t).T, angles="xy", color=color, pivot="mid", width=0.0035)
     axes.set(xlim=sides[:2], ylim=sides[2:], aspect="equal")
 
 

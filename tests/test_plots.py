@@ -167,3 +167,22 @@ def test_matplotlib_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"matplotlib: pip install 'fmjax\[plots\]'"):
         plots.samples({"one": jax.numpy.zeros((1, 1, 8, 8, 1))}, ["a"])
+
+
+def test_a_histogram_is_the_density_of_its_points(axes):
+    """Of a normal about (1, 0): its highest value is 1 / (2 pi), less what blurring takes."""
+    x = np.array([[1.0, 0.0]]) + np.random.default_rng(0).normal(size=(200_000, 2))
+    top = plots.histogram(axes, x, extent=(-3, 5, -4, 4), bins=80)
+    assert abs(top * 2 * np.pi - 1) < 0.1
+    (image,) = axes.get_images()
+    shown = image.get_array()
+    np.testing.assert_allclose(shown.sum() * 0.1**2, 1, atol=0.01)
+    row, column = np.unravel_index(shown.argmax(), shown.shape)
+    np.testing.assert_allclose((-3 + 0.1 * column, -4 + 0.1 * row), (1, 0), atol=0.6)
+
+
+def test_streamlines_are_coloured_by_speed(axes):
+    drawn = plots.streamlines(axes, lambda x, t: jnp.stack([2 * t + 0 * x[:, 0], x[:, 0]], axis=-1), 1.5, extent=(-1, 1, -2, 2))
+    speeds = drawn.get_array()
+    assert speeds.min() > 2.9
+    assert abs(speeds.max() - np.hypot(3, 1)) < 0.05

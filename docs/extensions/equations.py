@@ -8,14 +8,14 @@ that is no name of mathematics is not an equation, which tells equations from pr
 
 import re
 
-GREEK = "alpha beta gamma delta epsilon eta theta kappa lambda mu nu pi rho sigma tau phi psi omega Delta Sigma Psi".split()
-FUNCTIONS = "exp log sin cos tan min max det".split()
-OPERATORS = ("div", "tr", "sg", "silu", "gelu", "sigmoid", "softmax", "clip", "sign", "Unif", "Var", "Cov", "median")
+GREEK = ["alpha", "beta", "gamma", "delta", "epsilon", "eta", "theta", "kappa", "lambda", "mu", "nu", "pi", "rho", "sigma", "tau", "phi"]
+GREEK += ["psi", "omega", "Delta", "Sigma", "Psi"]
+FUNCTIONS = ["exp", "log", "sin", "cos", "tan", "min", "max", "det"]
+OPERATORS = ["div", "tr", "sg", "silu", "gelu", "sigmoid", "logit", "softmax", "clip", "sign", "Unif", "Var", "Cov", "median"]
 WORDS = {name: rf"\{name}" for name in (*GREEK, *FUNCTIONS)} | {name: rf"\operatorname{{{name}}}" for name in OPERATORS}
-WORDS |= {"grad": r"\nabla", "null": r"\varnothing", "infinity": r"\infty", "dt": r"dt", "dx": "dx", "dW": "dW", "dX": "dX", "dz": "dz"}
-WORDS |= {"dc": "dc", "ds": "ds", "dr": "dr", "dD": "dD", "du": "du", "logit": r"\operatorname{logit}", "and": r"\text{ and }", "for": r"\text{ for }"}
-WORDS |= {"of": r"\text{ of }", "over": r"\text{ over }", "if": r"\text{ if }", "else": r"\text{ else }", "with": r"\text{ with }"}
-SYMBOLS = {"<=": r"\le", ">=": r"\ge", "->": r"\mapsto", "<-": r"\leftarrow", "~": r"\sim", "...": r"\dots", "..": r"\dots", "*": r"\cdot", "@": ""}
+WORDS |= {"grad": r"\nabla", "null": r"\varnothing", "infinity": r"\infty"}
+WORDS |= {name: rf"\text{{ {name} }}" for name in ("and", "for", "of", "over", "if", "else", "with", "where")}
+SYMBOLS = {"<=": r"\le", ">=": r"\ge", "->": r"\mapsto", "<-": r"\leftarrow", "~": r"\sim", "...": r"\dots", "..": r"\dots", "*": r"\cdot"}
 LARGE = {"sum": r"\sum", "int": r"\int", "prod": r"\prod"}
 TOKEN = re.compile(r"(?P<space>\s+)|(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)|(?P<name>[^\W\d_]+)|(?P<symbol><=|>=|->|<-|\.\.\.?|[^\w\s]|_)")
 

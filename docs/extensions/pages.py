@@ -16,6 +16,7 @@ import argparse
 import base64
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,9 +73,10 @@ def run(page, pictures):
     from nbclient.exceptions import CellExecutionError
 
     notebook, began = read(Path(page).read_text()), time.perf_counter()
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(Path(page).parent)}})
     try:
-        client.execute()
+        with tempfile.TemporaryDirectory() as folder:
+            resources = {"metadata": {"path": folder}}
+            NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     except CellExecutionError as error:
         sys.exit(f"{page}: {error}")
     count = 0

@@ -7,29 +7,71 @@ LaTeX (`equations`), names in backticks become links, arXiv numbers too, and pro
 """
 
 import ast
+import functools
 import importlib
 import inspect
-import pkgutil
 import re
 import textwrap
+from pathlib import Path
 
 import equations
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
+API = Path(__file__).parents[1] / "api"
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 # An equation, and behind it its number, what it is, or who found it.
 EQUATION = re.compile(r"^(?P<equation>.+?)(?:(?: {4,}| (?=\((?:\d|MIT|[A-Z][^()]+ (?:19|20)\d\d)))(?P<rest>.*))?$")
 
 
-class Chapter(Directive):
+def public_names(module):
+    """What a chapter lists, without modules, which have pages of their own."""
+    listed = [
+        (name, getattr(module, name))
+        for name in getattr(
+            module, "__all__", [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__ and n[0] != "_"]
+        )
+    ]
+    return [(name, value) for name, value in listed if not inspect.ismodule(value)]
+
+
+class Reader(Directive):
+    """A directive that is written in reStructuredText."""
+
+    has_content = False
+
+    def read(self, lines):
+        section = nodes.section()
+        section.document = self.state.document
+        self.state.nested_parse(StringList(lines, source=" ".join(self.arguments)), 0, section)
+        return section.children
+
+
+class Chapters(Reader):
+    """Chapters with all their names, each a link: the reference on one page."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self):
+        lines = []
+        for chapter in self.arguments[0].split():
+            module = importlib.import_module(chapter)
+            short = chapter.removeprefix("fmjax.")
+            names = ", ".join(f":py:obj:`{name} <{chapter}.{name}>`" for name, _ in public_names(module))
+            lines += [f":doc:`{short} <{short.replace('.', '_')}>`", f"   {markup(summary(module), module)}", "", f"   {names}", ""]
+        return self.read(lines)
+
+
+class Chapter(Reader):
+    """One chapter in full."""
+
     required_arguments = 1
 
     def run(self):
         module = importlib.import_module(self.arguments[0])
-        public = [(name, getattr(module, name)) for name in getattr(module, "__all__", [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__ and n[0] != "_"])]
-        public = [(name, value) for name, value in public if not inspect.ismodule(value)]
+        public = public_names(module)
         lines = [f".. automodule:: {module.__name__}", "", ".. list-table::", "   :widths: 30 70", "   :class: names", ""]
         for name, value in public:
             lines += [f"   * - :py:obj:`{name} <{module.__name__}.{name}>`", f"     - {markup(summary(value), module)}"]
@@ -37,10 +79,7 @@ class Chapter(Directive):
         for name, value in public:
             kind = "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "autodata"
             lines += [f".. {kind}:: {module.__name__}.{name}", *(["   :members:"] if kind == "autoclass" else []), ""]
-        section = nodes.section()
-        section.document = self.state.document
-        self.state.nested_parse(StringList(lines, source=module.__name__), 0, section)
-        return section.children
+        return self.read(lines)
 
 
 def summary(value):
@@ -54,7 +93,8 @@ def markup(text, module):
     parts = re.split(r"(`[^`\n]+`)", text)
     for i, part in enumerate(parts):
         if i % 2:
-            parts[i] = _name(part[1:-1], module)
+            # A letter that follows at once, as the s of a plural, would keep the span from ending.
+            parts[i] = _name(part[1:-1], module) + ("\\ " if re.match(r"\w", parts[i + 1]) else "")
         else:
             escaped = re.sub(r"([\\*|])", r"\\\1", part)
             escaped = re.sub(r"(?<=\w)_(?!\w)", r"\\_", escaped)
@@ -65,19 +105,28 @@ def markup(text, module):
 
 
 def _name(name, module):
-    """A link where the library has the name, else code."""
+    """A link where the reference has the name, else code."""
     bare = name.removesuffix("()")
-    if re.fullmatch(r"[\w.]+", bare):
+    if re.fullmatch(r"\w+(\.\w+)*", bare):
         package = module.__name__.rpartition(".")[0]
-        for full in (bare, f"{module.__name__}.{bare}", f"{package}.{bare}", f"fmjax.{bare}", f"fmjax.models.{bare}", f"fmjax.data.{bare}"):
-            if full.startswith("fmjax."):
-                try:
-                    value = pkgutil.resolve_name(full)
-                except (AttributeError, ImportError, ValueError):
-                    continue
-                kind = "mod" if inspect.ismodule(value) else "obj"
-                return f":py:{kind}:`{name} <{full}>`"
+        for full in (bare, *(f"{start}.{bare}" for start in (module.__name__, package, "fmjax", "fmjax.models", "fmjax.data"))):
+            # A field or a method stands with its class.
+            for target in (full, full.rpartition(".")[0]):
+                if (kind := documented().get(target)) and (target == full or kind == "class"):
+                    return f":py:{'mod' if kind == 'module' else 'obj'}:`{name} <{target}>`"
     return f"``{name}``"
+
+
+@functools.cache
+def documented():
+    """What the pages of the reference have, by full name."""
+    found = {}
+    for page in sorted(API.glob("*.md")):
+        for chapter in re.findall(r"^\.\. chapter:: (\S+)", page.read_text(), re.MULTILINE):
+            module = importlib.import_module(chapter)
+            found[chapter] = "module"
+            found |= {f"{chapter}.{name}": "class" if inspect.isclass(value) else "function" for name, value in public_names(module)}
+    return found
 
 
 def convert(lines, module, names):
@@ -109,10 +158,7 @@ def convert(lines, module, names):
 
 def _in_section(lines, at):
     """Whether a line is in Args, Returns or Raises, whose lines are indented for another reason."""
-    for line in reversed(lines[: at + 1]):
-        if re.fullmatch(r"(Args|Returns|Raises|Yields):", line):
-            return True
-    return False
+    return any(re.fullmatch(r"(Args|Returns|Raises|Yields):", line) for line in lines[: at + 1])
 
 
 def _argument(line, module):
@@ -178,6 +224,7 @@ def process(app, what, name, obj, options, lines):
 
 def setup(app):
     app.add_directive("chapter", Chapter)
+    app.add_directive("chapters", Chapters)
     # Before napoleon, which is at 500.
     app.connect("autodoc-process-docstring", process, priority=100)
     return {"parallel_read_safe": True}

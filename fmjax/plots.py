@@ -197,7 +197,7 @@ def lines(axes, states, times=None, *, color="0.4", width=0.7):
 
 
 def loss(axes, history, label="loss"):
-    """Draws the loss over the steps, on a logarithmic axis where it is positive.
+    """Draws the loss over the steps, on a logarithmic axis where it is positive and falls by much.
 
     Args:
       axes: the panel.
@@ -205,8 +205,9 @@ def loss(axes, history, label="loss"):
       label: what the loss is.
     """
     axes.plot([metrics["step"] for metrics in history], [metrics["loss"] for metrics in history], linewidth=1)
-    positive = all(metrics["loss"] > 0 for metrics in history)
-    axes.set(xlabel="step", ylabel=label, yscale="log" if positive else "linear")
+    losses = [metrics["loss"] for metrics in history]
+    falls = bool(losses) and 0 < 5 * min(losses) < max(losses)
+    axes.set(xlabel="step", ylabel=label, yscale="log" if falls else "linear")
     axes.grid(alpha=0.3)
 
 

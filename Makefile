@@ -12,7 +12,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test docs links lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel gpu tpu-aot gpu-aot env lock clean
+.PHONY: demo test docs links lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel others gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,9 @@ bench-orders: $(READY)  ## how fast every step converges, and what noise does to
 
 bench-parallel: $(READY)  ## what the loop, the sharding and the checkpoints cost
 	$(RUN) -m benchmarks.parallel $(ARGS)
+
+others: .venv.baselines/ready  ## runs what docs/guides/from_other_libraries.md sets beside ours; hackable_diffusion from the PYTHONPATH
+	.venv.baselines/bin/python -m benchmarks.other_libraries $(ARGS)
 
 gpu:  ## what only a GPU can say, in nine minutes and without a network: PYTHON has jax for CUDA; ARGS="--only train" picks
 	$(PYTHON) -m benchmarks.gpu $(ARGS)

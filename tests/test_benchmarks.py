@@ -1,6 +1,7 @@
 """The benchmarks run, and say what each number is. Their timings are not tested: a shared machine would decide them."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import aot, gpu, harness, parallel, sampling, solvers, train_step
+from benchmarks import aot, gpu, harness, other_libraries, parallel, sampling, solvers, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -312,3 +313,19 @@ def test_gpu_names_missing_packages(monkeypatch):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in ("ot", "tyro", "torch") else name)
     assert gpu.missing(["fashion"]).endswith("python -m pip install tyro POT; optional: torch")
     assert "POT" not in gpu.missing(["train"])
+
+
+@pytest.mark.parametrize("library", other_libraries.LIBRARIES)
+def test_page_for_users_of_other_libraries(library):
+    """Its programs are found and compile, ours exists, and its distances are those of the file."""
+    kinds = {whose for whose, code in other_libraries.programs(library) if compile(code, library, "exec")}
+    assert kinds >= {"theirs", "same"}
+    ours = [name for name in other_libraries.names(library) if name.startswith("fmjax.")]
+    assert len(ours) > 5
+    for name in ours:
+        pkgutil.resolve_name(name)
+    rows = map(json.loads, (harness.ROOT / "results" / "other_libraries.jsonl").read_text().splitlines())
+    (row,) = (row for row in rows if row["name"].startswith(library))
+    page = other_libraries.section("What the programs draw")
+    assert f"| {library} | {row['value']:.2f} | {row['ours']:.2f} |" in page
+    assert f"{row['moons']:.2f}" in page

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from fmjax import files
 
+__all__ = ["save", "load"]
+
 SEAL = b"fmjax sha256"
 """Before the digest at the end of a file."""
 SEALED = len(SEAL) + 32

@@ -4,7 +4,7 @@
     s~(x | y) = s(x) + w grad log p_t(y | x)                      by a classifier                 (2)
     u~(x | y_1, y_2 ..) = u(x | null) + sum_i w_i (u(x | y_i) - u(x | null))     several conditions    (3)
 
-(1) and (3) hold for velocities, scores and every other target alike, since they are affine in each other at a given x. How the
+Both (1) and (3) hold for velocities, scores and every other target, since they are affine in each other at a given x. How the
 two values of (1) are put together is a function `(guided, unguided, scale) -> value`: `extrapolate` is (1), `cfg_zero_star`,
 `apg(...)` and `cfg_rescale(...)` are others, and so is yours. All give the guided value at scale 1.
 """
@@ -20,6 +20,19 @@ from jax.core import Tracer
 
 from fmjax import checks, paths, states
 from fmjax.paths import Field
+
+__all__ = [
+    "classifier_free",
+    "drop_labels",
+    "classifier",
+    "autoguidance",
+    "compose",
+    "interval",
+    "extrapolate",
+    "cfg_zero_star",
+    "apg",
+    "cfg_rescale",
+]
 
 
 def _shapes(x):
@@ -49,17 +62,40 @@ def _multiplies(guided, unguided, scale):
 
 
 def extrapolate(guided, unguided, scale) -> chex.ArrayDevice:
-    """(1): from the unguided value through the guided one and on; scale as in `classifier_free`."""
+    """Classifier-free guidance of two values: from the unguided one through the guided one and on.
+
+    (1 - w) u(x | null) + w u(x | y)        (1)
+
+    Args:
+      guided: u(x | y), (B, ...), any float dtype.
+      unguided: u(x | null), like guided.
+      scale: w, as for `classifier_free`.
+    Returns:
+      A value like guided.
+    Raises:
+      TypeError: if a value is not of floats.
+      ValueError: if the values differ in shape, or the scale is not finite or does not multiply them.
+    """
     scale = _multiplies(guided, unguided, scale)
     return (1 - scale) * unguided + scale * guided
 
 
 def cfg_zero_star(guided, unguided, scale) -> chex.ArrayDevice:
-    """CFG-Zero*: (1) with the unguided value scaled to be nearest to the guided one    (Fan et al. 2025, arXiv:2503.18886, eq. 9).
+    """CFG-Zero*: (1) with the unguided value scaled to be nearest to the guided one, for velocities.
 
-    (1 - w) s u(x | null) + w u(x | y),   s = <u(x | y), u(x | null)> / |u(x | null)|^2 of each example
+    (1 - w) s u(x | null) + w u(x | y),   s = <u(x | y), u(x | null)> / |u(x | null)|^2    (Fan et al. 2025, arXiv:2503.18886, eq. 9)
 
-    The paper's zeros in the first steps are `interval(field, lambda x, t: jnp.zeros_like(x), first, 1)`. For velocities.
+    with one s per example. The paper's zeros in the first steps are `interval(field, lambda x, t: jnp.zeros_like(x), first, 1)`.
+
+    Args:
+      guided: u(x | y), (B, ...), any float dtype.
+      unguided: u(x | null), like guided.
+      scale: w, as for `classifier_free`.
+    Returns:
+      A value like guided.
+    Raises:
+      TypeError: if a value is not of floats.
+      ValueError: if the values differ in shape, or the scale is not finite or does not multiply them.
     """
     scale = _multiplies(guided, unguided, scale)
     return extrapolate(guided, _projection(guided, unguided) * unguided, scale)
@@ -68,17 +104,18 @@ def cfg_zero_star(guided, unguided, scale) -> chex.ArrayDevice:
 def apg(eta=0.0, norm_threshold=None) -> Callable:
     """APG: (1) with less of the change along the guided value, which oversaturates; without the paper's momentum.
 
-    (Sadat et al. 2025, arXiv:2410.02416, section 4)
+    D(x | y) + (w - 1) (d_o + eta d_p),   d = D(x | y) - D(x | null) = d_o + d_p    (Sadat et al. 2025, arXiv:2410.02416, section 4)
 
-    D + (w - 1) (d_orthogonal + eta d_parallel),   d = D(x | y) - D(x | null), shortened to `norm_threshold` where it is longer
-
-    For predicted data D: guide the field of data, then `targets.convert_field` it to a velocity.
+    with d_p the part of d along D(x | y), and d shortened to `norm_threshold` where it is longer. For predicted data D: guide the field
+    of data, then `targets.convert_field` it to a velocity.
 
     Args:
-      eta: the factor of the component of d that is parallel to D(x | y); 1 leaves d as it is.
-      norm_threshold: the paper's r, the largest norm of d; None for no limit.
+      eta: the factor of the part d_p that is parallel to D(x | y); 1 leaves d as it is.
+      norm_threshold: the paper's r, the largest norm of d, above 0; None for no limit.
     Returns:
       A function `(guided, unguided, scale) -> value`, the `combine` of `classifier_free`.
+    Raises:
+      ValueError: if eta is not finite, or `norm_threshold` not above 0.
     """
 
     checks.number("eta", eta, "the factor of the parallel component, of which 1 leaves the change as it is")
@@ -100,12 +137,18 @@ def apg(eta=0.0, norm_threshold=None) -> Callable:
 
 
 def cfg_rescale(phi=0.7) -> Callable:
-    """(1) brought back to the spread of the guided value, in part    (Lin et al. 2024, arXiv:2305.08891, section 3.4).
+    """Guidance (1) brought back to the spread of the guided value, in part.
+
+    phi s_y / s_v v + (1 - phi) v,   v = (1 - w) u(x | null) + w u(x | y)    (Lin et al. 2024, arXiv:2305.08891, section 3.4)
+
+    with s_y and s_v the standard deviations of u(x | y) and of v over the coordinates of an example.
 
     Args:
       phi: how much of it, in [0, 1]; 0 is (1) itself.
     Returns:
       A function `(guided, unguided, scale) -> value`, the `combine` of `classifier_free`.
+    Raises:
+      ValueError: if phi is not in [0, 1].
     """
 
     checks.number("phi", phi, "the share of the rescaled value", least=0, most=1)
@@ -269,16 +312,19 @@ def compose(field_y, ys, null, scales) -> Field:
 
 
 def autoguidance(field, weak_field, scale, *, combine=extrapolate) -> Field:
-    """Guidance by a weaker version of the same network    (Karras et al. 2024, arXiv:2406.02507, eq. 3): (1) with it in the null's place.
+    """Guidance by a weaker version v of the same network u.
+
+    u~(x) = (1 - w) v(x) + w u(x)        (1) (Karras et al. 2024, arXiv:2406.02507, eq. 3)
 
     Args:
-      field: (x, t) -> like x.
-      weak_field: likewise, smaller or trained less, and of the same target.
+      field: u, (x, t) -> like x.
+      weak_field: v, likewise, smaller or trained less, and of the same target.
       scale: w; 1 is no guidance and evaluates `field` alone.
       combine: how the values are put together, `(guided, unguided, scale) -> value`.
     Returns:
       A field, (x, t) -> like x.
     Raises:
+      TypeError: if a field is no function.
       ValueError: if the scale is not finite or has axes other than x's.
     """
     checks.function("field", field, checks.FIELD)
@@ -308,7 +354,8 @@ def interval(guided, otherwise, start, end) -> Field:
     Returns:
       A field, (x, t) -> like x, for one t at a time, as samplers have it.
     Raises:
-      ValueError: if the interval is empty, or t has a time per example.
+      TypeError: if a field is no function.
+      ValueError: if the interval is empty; of the field, if t is one time per example.
     """
     checks.function("guided", guided, checks.FIELD)
     checks.function("otherwise", otherwise, checks.FIELD)

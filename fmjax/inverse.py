@@ -1,6 +1,7 @@
 """Inverse problems: samples of data that agree with a linear measurement of them, from a field that knows the data alone.
 
-u~ = u + b_t (dD/dx)^T A^T (r_t^2 A A^T + noise^2 I)^-1 (y - A D),   D = E[x_1 | x_t = x],   y = A x_1 + noise        (1)
+y = A x_1 + s epsilon                                                                                  (1)
+u~ = u + b_t (dD/dx)^T A^T (r_t^2 A A^T + s^2 I)^-1 (y - A D),   D = E[x_1 | x_t = x]                  (2)
 """
 
 import functools
@@ -12,6 +13,8 @@ from jax.core import Tracer
 
 from fmjax import checks, paths, targets
 from fmjax.paths import Field
+
+__all__ = ["linear_inverse"]
 
 
 def _check_spread(spread, t):
@@ -26,12 +29,12 @@ def _check_spread(spread, t):
 
 
 def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iterations=10) -> Field:
-    """Samples of data x_1 given y = A x_1 + noise, from a field that knows the data alone: inpainting, super-resolution.
+    """Samples of data from a measurement of them, by a field that knows the data alone: inpainting, super-resolution.
 
-    (1) (Song et al. 2023, "PiGDM", eq. 8; Pokle et al. 2023, arXiv:2310.04432, for flows), which is (2) of
-    `guidance` with p(x_1 | x_t) taken as N(D, r_t^2 I)
+    u~ = u + b_t (dD/dx)^T A^T (r_t^2 A A^T + noise^2 I)^-1 (y - A D),   D = E[x_1 | x_t = x]        (2)
+    (Song et al. 2023, "PiGDM", eq. 8; Pokle et al. 2023, arXiv:2310.04432, for flows)
 
-    It is exact where the data are N(0, I) and a good guide elsewhere.
+    which is (2) of `fmjax.guidance` with p(x_1 | x_t) taken as N(D, r_t^2 I): exact where the data are N(0, I), and a good guide elsewhere.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -39,12 +42,13 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
       operator: A, of one example, a linear function of an array like x[0], or of a pytree of them: `lambda x: x * mask`,
         `lambda x: x[::2, ::2]`.
       y: what was measured of each example, (B, ...); what A cannot give, such as finite numbers behind a mask, does not matter.
-      noise: its standard deviation.
+      noise: its standard deviation, the s of (1).
       spread: r_t, a function of t; None for beta_t / sqrt(alpha_t^2 + beta_t^2), right for data N(0, I).
       iterations: of conjugate gradients for the inverse, one where A A^T has one eigenvalue beside 0.
     Returns:
       A velocity field, (x, t) -> like x, for 0 < alpha_t and 0 < beta_t: of one evaluation of `field` and its derivative.
     Raises:
+      TypeError: if y is not of floats, the operator or the spread is no function, or the path is joint and no spread is given.
       ValueError: if A of an example and y have other shapes, y is not finite, A of 0 is not 0, or a number is out of its range.
     """
     checks.path(path)

@@ -25,6 +25,18 @@ from jax import lax
 from fmjax import checks, sampling, states
 from fmjax.sampling.checks import check_ends
 
+__all__ = [
+    "log_density",
+    "sample",
+    "Density",
+    "normal",
+    "exact_divergence",
+    "hutchinson",
+    "hutch_plus_plus",
+    "dequantize",
+    "bits_per_dimension",
+]
+
 
 class Density(NamedTuple):
     """What a flow says of points."""
@@ -38,7 +50,9 @@ class Density(NamedTuple):
 
 
 def exact_divergence(field, x, t, *, block=16) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
-    """The field and its divergence, the trace of each example's Jacobian    (2).
+    """The field and its divergence, the trace of each example's Jacobian.
+
+    div u = tr J,   J = du/dx        (2)
 
     Args:
       field: (x, t) -> like x, in which no example depends on another.
@@ -47,6 +61,8 @@ def exact_divergence(field, x, t, *, block=16) -> tuple[chex.ArrayDevice, chex.A
       block: dimensions whose products are computed at once, which bounds the memory.
     Returns:
       u, like x, and div u, (B,).
+    Raises:
+      ValueError: if `block` is not a whole number of at least 1.
     """
     checks.whole("block", block, "how many products are computed at once")
     if (layout := states.layout(x)) is not None:
@@ -66,13 +82,17 @@ def _linearize(field, x, t):
 
 
 def hutchinson(probes) -> Callable:
-    """Hutchinson's estimate of the divergence    (3) (Hutchinson 1989; Grathwohl et al. 2019, arXiv:1810.01367).
+    """Hutchinson's estimate of the divergence.
+
+    div u = E e^T J e        (3) (Hutchinson 1989; Grathwohl et al. 2019, arXiv:1810.01367)
 
     Args:
-      probes: (B, k, ...), k for each example, or a pytree of them like the state; of mean 0 and covariance I:
+      probes: e, (B, k, ...), k for each example, or a pytree of them like the state; of mean 0 and covariance I:
         `jax.random.rademacher(key, (B, k, ...), float)` scatters less than normal ones.
     Returns:
       A divergence, (field, x, t) -> u, like x, and e^T J e of each probe, (B, k).
+    Raises:
+      ValueError: of the divergence, if the probes have not x's shape.
     """
 
     def divergence(field, x, t):
@@ -87,16 +107,18 @@ def hutchinson(probes) -> Callable:
 
 
 def hutch_plus_plus(sketch, probes) -> Callable:
-    """Hutch++: exact on the span of J sketch, Hutchinson's on the rest    (4) (Meyer, Musco, Musco and Woodruff 2021, arXiv:2010.09649).
+    """Hutch++: exact on the span of J sketch, Hutchinson's on the rest.
+
+    div u = tr Q^T J Q + E e^T (I - Q Q^T) J (I - Q Q^T) e        (4) (Meyer, Musco, Musco and Woodruff 2021, arXiv:2010.09649)
 
     Args:
       sketch: (B, m, ...), probes that find where J is large; at most as many as x has dimensions.
-      probes: (B, k, ...), as for `hutchinson`.
+      probes: e, (B, k, ...), as for `hutchinson`.
     Returns:
       A divergence, (field, x, t) -> u, like x, and the estimate of each probe, (B, k), by 2 m + k products with J. Derivatives
         hold Q, which depends on x too: their mean over the probes is the derivative of the divergence.
     Raises:
-      ValueError: if m is above the number of dimensions.
+      ValueError: of the divergence, if m is above the number of dimensions, or probes have not x's shape.
     """
 
     def divergence(field, x, t):
@@ -128,7 +150,9 @@ def hutch_plus_plus(sketch, probes) -> Callable:
 
 
 def log_density(field, log_density_0, x_1, times, *, divergence=exact_divergence, step=sampling.rk4) -> Density:
-    """log p_1 of data under the flow of a field that starts from p_0    (1).
+    """The log density of data under the flow of a field that starts from p_0.
+
+    log p_1(x_1) = log p_0(x_0) - int_0^1 div u_t(X_t) dt        (1)
 
     Args:
       field: (x, t) -> like x, a velocity in which no example depends on another.
@@ -159,7 +183,9 @@ def log_density(field, log_density_0, x_1, times, *, divergence=exact_divergence
 
 
 def sample(field, log_density_0, x_0, times, *, divergence=exact_divergence, step=sampling.rk4) -> Density:
-    """`sampling.sample_ode` that knows the density of what it samples    (1).
+    """`sampling.sample_ode` that knows the density of what it samples.
+
+    log p_1(x_1) = log p_0(x_0) - int_0^1 div u_t(X_t) dt        (1)
 
     Args:
       field: (x, t) -> like x, a velocity in which no example depends on another.
@@ -183,7 +209,18 @@ def sample(field, log_density_0, x_0, times, *, divergence=exact_divergence, ste
 
 
 def normal(x) -> chex.ArrayDevice:
-    """The standard normal log density of each example, (B,)."""
+    """The standard normal log density of each example.
+
+    log p(x) = -|x|^2 / 2 - d / 2 log(2 pi)
+
+    Args:
+      x: (B, ...), any float dtype, or a pytree of such arrays.
+    Returns:
+      (B,), in nats, float32 or wider.
+    Raises:
+      TypeError: if x is not of floats.
+      ValueError: if x is no batch.
+    """
     if (layout := states.layout(x)) is not None:
         x = layout.flatten("x", x)
     x = _examples(x)
@@ -191,11 +228,13 @@ def normal(x) -> chex.ArrayDevice:
 
 
 def dequantize(key, x, width) -> chex.ArrayDevice:
-    """Data of discrete levels spread over their cells, x + width (U - 1/2)    (Theis, van den Oord and Bethge 2016, arXiv:1511.01844).
+    """Data of discrete levels spread over their cells.
+
+    x + width (u - 1/2),  u ~ Unif[0, 1]    (Theis, van den Oord and Bethge 2016, arXiv:1511.01844)
 
     Args:
       key: a typed key.
-      x: data, (B, ...).
+      x: data, (B, ...), any float dtype, or a pytree of such arrays.
       width: between two levels: 2 / 255 where 0 to 255 became -1 to 1.
     Returns:
       Data, like x, in float32 or wider: half precision has no numbers between the levels.
@@ -214,11 +253,13 @@ def dequantize(key, x, width) -> chex.ArrayDevice:
 def bits_per_dimension(log_p, shape, width) -> chex.ArrayDevice:
     """Bits per dimension of discrete data, from the log density of data that were dequantized.
 
-    -log p / (D log 2) - log_2 width, in expectation at least the bits of the levels themselves    (Theis et al. 2016, arXiv:1511.01844)
+    -log_2(p) / d - log_2(width)    (Theis et al. 2016, arXiv:1511.01844)
+
+    which is in expectation at least the bits of the levels themselves.
 
     Args:
-      log_p: in nats, any shape.
-      shape: of one example, whose product is D.
+      log_p: log p, in nats, any shape.
+      shape: of one example, whose product is d.
       width: between two levels.
     Returns:
       Bits, like log_p.

@@ -24,6 +24,18 @@ from jax.core import Tracer
 
 from fmjax import checks, paths, states, targets
 
+__all__ = [
+    "flow_matching",
+    "denoising",
+    "regression",
+    "min_snr",
+    "edm_weighting",
+    "sigmoid_weighting",
+    "masked_mean",
+    "pseudo_huber",
+    "learnt_uncertainty",
+]
+
 
 def _spread(name, value, x, state):
     """A weight or a mask for each coordinate of the state laid out as one array, (B, ...), or what multiplies it."""
@@ -114,7 +126,7 @@ def regression(field, x, t, value, *, weight=None, mask=None) -> chex.ArrayDevic
 def flow_matching(field, path, x_0, x_1, t, *, weight=None, mask=None) -> chex.ArrayDevice:
     """Conditional flow matching, of one draw of noise and time per example.
 
-    |f(x_t, t) - u_t|^2 / d,  (x_t, u_t) = flow(x_0, x_1, t)        (1) (MIT 6.S184, "Flow Matching", L_CFM)
+    |f(x_t, t) - u_t|^2 / d,  x_t = alpha_t x_1 + beta_t x_0,  u_t = alpha'_t x_1 + beta'_t x_0    (1) (MIT 6.S184, "Flow Matching", L_CFM)
 
     Args:
       field: (x, t) -> like x, the network.
@@ -172,9 +184,11 @@ def denoising(field, path, x_0, x_1, t, *, target, weight=None, mask=None) -> ch
 def masked_mean(values, mask) -> chex.ArrayDevice:
     """The mean over what counts, such as the losses of the examples that are no padding.
 
+    sum_i m_i v_i / sum_i m_i
+
     Args:
-      values: any shape.
-      mask: bool, like values; NaN behind it does not matter, in gradients neither.
+      values: v, any shape.
+      mask: m, bool, like values; NaN behind it does not matter, in gradients neither.
     Returns:
       A number; NaN where nothing counts.
     Raises:
@@ -198,6 +212,8 @@ def pseudo_huber(loss, c) -> chex.ArrayDevice:
       c: where it turns from the square of the error to its size, above 0; the paper's is 0.00054.
     Returns:
       Numbers like loss, with a gradient of 0 in an error of 0.
+    Raises:
+      ValueError: if c is below 1e-15, whose square float32 does not hold.
     """
     # The square of a smaller one would be 0 in float32, and the gradient of an error of 0 not a number.
     checks.number("c", c, "the error at which the distance turns linear", least=1e-15)
@@ -208,11 +224,13 @@ def pseudo_huber(loss, c) -> chex.ArrayDevice:
 def learnt_uncertainty(loss, log_variance) -> chex.ArrayDevice:
     """A loss weighted by one over what the network thinks it is, which balances the times.
 
-    loss / exp(u) + u, least at u = log E loss        (Kendall et al. 2018, arXiv:1705.07115; Karras et al. 2024, arXiv:2312.02696, eq. 14)
+    loss / exp(u) + u        (Kendall et al. 2018, arXiv:1705.07115; Karras et al. 2024, arXiv:2312.02696, eq. 14)
+
+    which is least where exp(u) is the mean of the loss.
 
     Args:
       loss: (B,), as `flow_matching` gives it.
-      log_variance: u, (B,), a small network's of t, trained along.
+      log_variance: u, (B,), a small network's of t, trained along, such as `layers.LogVariance`.
     Returns:
       (B,).
     Raises:
@@ -251,7 +269,7 @@ def _known(weight, name, path, t):
 def min_snr(path, t, *, target=targets.velocity, gamma=5.0) -> chex.ArrayDevice:
     """min-SNR-gamma: the data's squared error weighted by the signal-to-noise ratio, at most gamma.
 
-    min(alpha_t^2 / beta_t^2, gamma)        (Hang et al. 2023, arXiv:2303.09556, section 3.4)
+    w_t = min(alpha_t^2 / beta_t^2, gamma)        (Hang et al. 2023, arXiv:2303.09556, section 3.4)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -261,7 +279,8 @@ def min_snr(path, t, *, target=targets.velocity, gamma=5.0) -> chex.ArrayDevice:
     Returns:
       Weights, like t, finite from noise to data for the targets of `targets`.
     Raises:
-      ValueError: if it is not finite at a known time.
+      TypeError: if `path` is no path, or joint.
+      ValueError: if gamma is not above 0, or the weight is not finite at a known time.
     """
     checks.number("gamma", gamma, "the largest weight of the data's error", least=0, above=True)
     _, _, noise, data, _ = _errors(path, t, target)
@@ -269,20 +288,20 @@ def min_snr(path, t, *, target=targets.velocity, gamma=5.0) -> chex.ArrayDevice:
 
 
 def edm_weighting(path, t, *, target=targets.velocity, sigma_data=0.5) -> chex.ArrayDevice:
-    """EDM's weighting, under which every time has the same loss before training; of `targets.edm` it is 1.
+    """EDM's weighting of the data's squared error, under which every time has the same loss before training; of `targets.edm` it is 1.
 
-    (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 of the data's squared error, sigma = beta_t / alpha_t
-    (Karras et al. 2022, arXiv:2206.00364, table 1)
+    w_t = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2,  sigma = beta_t / alpha_t    (Karras et al. 2022, arXiv:2206.00364, table 1)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       t: times, any shape; EDM draws them by `times.log_normal`.
       target: what the network predicts, a function `(path, t) -> (a, b)`, on whose squared error the weight is.
-      sigma_data: the data's standard deviation.
+      sigma_data: the data's standard deviation, above 0.
     Returns:
       Weights, like t; infinite of the noise and the score where alpha_t = 0, and of the data where beta_t = 0.
     Raises:
-      ValueError: if it is not finite at a known time.
+      TypeError: if `path` is no path, or joint.
+      ValueError: if `sigma_data` is not above 0, or the weight is not finite at a known time.
     """
     checks.number("sigma_data", sigma_data, "the data's standard deviation", least=0, above=True)
     _, _, noise, data, _ = _errors(path, t, target)
@@ -292,8 +311,10 @@ def edm_weighting(path, t, *, target=targets.velocity, sigma_data=0.5) -> chex.A
 def sigmoid_weighting(path, t, *, target=targets.velocity, bias=0.0) -> chex.ArrayDevice:
     """The sigmoid weighting of SiD2, for uniform t: errors of the noise count up to the noise level that the bias sets.
 
-    1/2 d lambda_t / dt sigmoid(bias - lambda_t) of the noise's squared error,  lambda_t = log(alpha_t^2 / beta_t^2)
+    w_t = 1/2 lambda'_t sigmoid(bias - lambda_t),  lambda_t = log(alpha_t^2 / beta_t^2)
     (Kingma and Gao 2023, arXiv:2303.00848, section 4; Hoogeboom et al. 2024, arXiv:2410.19324, section 3)
+
+    of the noise's squared error.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -304,7 +325,8 @@ def sigmoid_weighting(path, t, *, target=targets.velocity, bias=0.0) -> chex.Arr
       Weights, like t; infinite of the noise and the score where alpha_t = 0, and of the data where beta_t = 0; nan at an end where the
         path's velocity is infinite, for other targets than the velocity.
     Raises:
-      ValueError: if it is not finite at a known time.
+      TypeError: if `path` is no path, or joint.
+      ValueError: if the weight is not finite at a known time.
     """
     checks.number("bias", bias, "the log signal-to-noise ratio up to which errors count")
     alpha, beta, noise, data, velocity = _errors(path, t, target)

@@ -2,8 +2,8 @@
 
 With data sum_k w_k N(m_k, s_k^2) and the path x_t = alpha_t x_1 + beta_t x_0,
 
-    p_t(x) = sum_k w_k N(x; alpha m_k, v_k),    v_k = alpha^2 s_k^2 + beta^2                      (1)
-    r_k(x) = w_k N(x; alpha m_k, v_k) / p_t(x)                            (posterior of k)        (2)
+    p_t(x) = sum_k w_k N(x; alpha m_k, v_k),  v_k = alpha^2 s_k^2 + beta^2                        (1)
+    r_k(x) = w_k N(x; alpha m_k, v_k) / p_t(x)                            posterior of k          (2)
     grad log p_t(x) = -sum_k r_k (x - alpha m_k) / v_k                                            (3)
     E[x_1 | x_t = x] = sum_k r_k (m_k + alpha s_k^2 (x - alpha m_k) / v_k)                        (4)
     E[x_0 | x_t = x] = -beta grad log p_t(x)                                                      (5)
@@ -26,21 +26,36 @@ from jax.core import Tracer
 from fmjax import checks, paths, states, targets
 from fmjax.paths import Field
 
+__all__ = ["GaussianMixture", "Empirical", "velocity", "score", "log_density"]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GaussianMixture:
-    """sum_k weights_k N(means_k, scales_k^2)."""
+    """A mixture of normal distributions.
+
+    p(x) = sum_k w_k N(x; m_k, s_k^2)
+    """
 
     weights: jax.Array
-    """In proportion to probabilities, (K,)."""
+    """w_k, in proportion to probabilities, (K,)."""
     means: Any
-    """(K, ...), or a pytree of such arrays, where the state is one."""
+    """m_k, (K, ...), or a pytree of such arrays, where the state is one."""
     scales: Any
-    """Standard deviations, at least 0: one for all (), one per component (K,), or one per coordinate (K, ...), like the means."""
+    """s_k, at least 0: one standard deviation for all (), one per component (K,), or one per coordinate (K, ...), like the means."""
 
     def sample(self, key, n) -> Any:
-        """n draws, (n, ...), or a pytree of them like the means."""
+        """Draws from the mixture.
+
+        Args:
+          key: a typed key.
+          n: how many.
+        Returns:
+          Draws, (n, ...), or a pytree of them like the means.
+        Raises:
+          TypeError: if the key is not typed.
+          ValueError: if n is not a whole number of at least 1, or the mixture's arrays do not go together, or are out of range.
+        """
         if (layout := states.layout(self.means)) is not None:
             return layout.unflatten(_flat(self).sample(key, n), like=self.means)
         _check_data(self)
@@ -62,7 +77,17 @@ class Empirical:
     """(N, ...), or a pytree of such arrays, where the state is one."""
 
     def sample(self, key, n) -> Any:
-        """n draws with replacement, (n, ...), or a pytree of them like the points."""
+        """Draws from the points, with replacement.
+
+        Args:
+          key: a typed key.
+          n: how many.
+        Returns:
+          Draws, (n, ...), or a pytree of them like the points.
+        Raises:
+          TypeError: if the key is not typed.
+          ValueError: if n is not a whole number of at least 1, or there are no points, or one is not finite.
+        """
         if (layout := states.layout(self.points)) is not None:
             return layout.unflatten(_flat(self).sample(key, n), like=self.points)
         _check_data(self)
@@ -245,6 +270,10 @@ def velocity(path, distribution) -> Field:
       distribution: a `GaussianMixture` or an `Empirical`.
     Returns:
       A field, (x, t) -> like x. Of a finite set it exists for beta_t > 0; of a mixture wherever the path's derivative does.
+    Raises:
+      TypeError: if `path` is no path, or `distribution` none of these two.
+      ValueError: if the distribution's arrays do not go together or are out of range; of the field, if the
+        state is not like them, or t is known and the velocity infinite there.
     """
 
     checks.path(path)
@@ -272,6 +301,10 @@ def score(path, distribution) -> Field:
       distribution: a `GaussianMixture` or an `Empirical`.
     Returns:
       A field, (x, t) -> like x. Of a finite set it exists for beta_t > 0, of a mixture for all t.
+    Raises:
+      TypeError: if `path` is no path, or `distribution` none of these two.
+      ValueError: if the distribution's arrays do not go together or are out of range; of the field, if the
+        state is not like them.
     """
 
     checks.path(path)
@@ -295,6 +328,10 @@ def log_density(path, distribution) -> Field:
       distribution: a `GaussianMixture` or an `Empirical`.
     Returns:
       (x, t) -> (B,), in nats. Of a finite set it exists for beta_t > 0.
+    Raises:
+      TypeError: if `path` is no path, or `distribution` none of these two.
+      ValueError: if the distribution's arrays do not go together or are out of range; of the density, if the
+        state is not like them.
     """
     checks.path(path)
     _check_data(distribution)

@@ -4,9 +4,11 @@ A step is a pure function of whole arrays, `(state, key, batch) -> (state, metri
 device holds and what they tell each other. So the ways to run it differ in where the state lies, in one argument:
 
     mesh = parallel.mesh()
-    state = parallel.create(lambda: training.init(model.init(...), optimizer), mesh, parallel.fully_sharded)
+    state = parallel.create(lambda: training.init(model.init(key, x, t), optimizer), mesh, parallel.fully_sharded)
     stream = pipeline.to_device(pipeline.batches(source, 256), sharding=parallel.batch_sharding(mesh))
-    run = training.fit(step, training.Run(state, key), stream, steps=...)
+    run = training.fit(step, training.Run(state, key), stream, steps=steps)
+
+The state lies where one of these says, or a function of your own:
 
     replicated         every device holds the state and a part of the batch; gradients are averaged       (data parallel)
     fully_sharded      every device holds a part of each large array of the state too                     (FSDP, ZeRO-3)
@@ -32,6 +34,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fmjax import checks
 from fmjax.training.progress import bar
+
+__all__ = [
+    "mesh",
+    "create",
+    "shard",
+    "replicated",
+    "fully_sharded",
+    "batch_sharding",
+    "constrain_activations",
+    "pmap",
+    "AXIS",
+    "sample",
+    "initialize",
+    "on_first",
+    "require_memory",
+]
 
 AXIS = "data"
 """The name of the mesh's axis."""

@@ -33,6 +33,24 @@ from jax.core import Tracer
 
 from fmjax import checks, states
 
+__all__ = [
+    "Path",
+    "Linear",
+    "Cosine",
+    "VariancePreserving",
+    "Polynomial",
+    "SquareRoot",
+    "interpolate",
+    "flow",
+    "conditional_velocity",
+    "conditional_score",
+    "joint",
+    "Joint",
+    "signal_fraction",
+    "time_from_signal_fraction",
+    "lift",
+]
+
 Field = Callable[[Any, chex.Numeric], Any]
 """(x, t) -> like x: a velocity, a score, a network closed over its parameters."""
 
@@ -40,49 +58,79 @@ Field = Callable[[Any, chex.Numeric], Any]
 class Path(Protocol):
     """Anything with a schedule for the data and one for the noise, each of the shape of t."""
 
-    def alpha(self, t) -> Any: ...
+    def alpha(self, t) -> Any:
+        """The factor of the data, which grows with t.
 
-    def beta(self, t) -> Any: ...
+        Args:
+          t: times, any shape.
+        Returns:
+          alpha_t, like t.
+        """
+
+    def beta(self, t) -> Any:
+        """The factor of the noise, which falls with t.
+
+        Args:
+          t: times, any shape.
+        Returns:
+          beta_t, like t.
+        """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """The CondOT path, alpha_t = t, beta_t = 1 - t    (MIT 6.S184, "Flow Matching for Gaussian Conditional Probability Paths")."""
+    """The CondOT path.
+
+    alpha_t = t,  beta_t = 1 - t    (MIT 6.S184, "Flow Matching for Gaussian Conditional Probability Paths")
+    """
 
     def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t, like t."""
         return t
 
     def beta(self, t) -> chex.ArrayDevice:
+        """beta_t, like t."""
         return 1 - t
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """The trigonometric path, alpha_t = sin(pi t / 2), beta_t = cos(pi t / 2)    (Albergo and Vanden-Eijnden 2023, arXiv:2209.15571)."""
+    """The trigonometric path.
+
+    alpha_t = sin(pi t / 2),  beta_t = cos(pi t / 2)    (Albergo and Vanden-Eijnden 2023, arXiv:2209.15571)
+    """
 
     def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t, like t."""
         return jnp.sin(jnp.pi / 2 * t)
 
     def beta(self, t) -> chex.ArrayDevice:
         # A sine, because the cosine of a rounded pi/2 is not zero.
+        """beta_t, like t."""
         return jnp.sin(jnp.pi / 2 * (1 - t))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving:
-    """The path of the variance-preserving SDE, with s = 1 - t    (Song et al. 2021, arXiv:2011.13456, eq. 33).
+    """The path of the variance-preserving SDE.
 
-    alpha_t = exp(-s^2 (rate_max - rate_min) / 4 - s rate_min / 2),  beta_t = sqrt(1 - alpha_t^2)
+    alpha_t = exp(-s^2 (rate_max - rate_min) / 4 - s rate_min / 2),  beta_t = sqrt(1 - alpha_t^2),  s = 1 - t
+    (Song et al. 2021, arXiv:2011.13456, eq. 33)
 
     The velocity is infinite at t = 1: grids for it end before 1. At t = 0 a trace of the data is left,
     alpha_0 = exp(-(rate_max + rate_min) / 4), which is 0.0066 by default.
+
+    Raises:
+      ValueError: if `rate_min` is below 0, or `rate_max` not above 0.
     """
 
     rate_min: float = 0.1
+    """The rate of the noise at data, at least 0."""
     rate_max: float = 20.0
+    """The rate of the noise at noise, above 0."""
 
     def __post_init__(self):
         checks.setting("rate_min", self.rate_min, "a rate of noise, so that alpha_t grows")
@@ -93,45 +141,59 @@ class VariancePreserving:
         return -(s**2) * (self.rate_max - self.rate_min) / 4 - s * self.rate_min / 2
 
     def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t, like t."""
         return jnp.exp(self._log_alpha(t))
 
     def beta(self, t) -> chex.ArrayDevice:
+        """beta_t, like t."""
         return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Polynomial:
-    """The linear path in another time, alpha_t = t^power, beta_t = 1 - t^power.
+    """The linear path in another time.
+
+    alpha_t = t^power,  beta_t = 1 - t^power
 
     For a power above 1 the velocity vanishes at t = 0 and says nothing of the data there: grids of `fmjax.sampling` start later.
     Below 1 it is infinite there.
+
+    Raises:
+      ValueError: if `power` is not above 0.
     """
 
     power: float = 2.0
+    """The power of t, above 0."""
 
     def __post_init__(self):
         checks.setting("power", self.power, "the power of t, so that alpha_t grows", above=True)
 
     def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t, like t."""
         return t**self.power
 
     def beta(self, t) -> chex.ArrayDevice:
+        """beta_t, like t."""
         return 1 - t**self.power
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SquareRoot:
-    """The path of the course's second lab, alpha_t = t, beta_t = sqrt(1 - t).
+    """The path of the course's second lab.
+
+    alpha_t = t,  beta_t = sqrt(1 - t)
 
     The velocity is infinite at t = 1: grids for it end before 1.
     """
 
     def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t, like t."""
         return t
 
     def beta(self, t) -> chex.ArrayDevice:
+        """beta_t, like t."""
         return jnp.sqrt(1 - t)
 
 
@@ -149,9 +211,23 @@ class Joint:
     """How the leaves lie side by side."""
 
     def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t of every leaf, side by side.
+
+        Args:
+          t: times, (), (B,) or (B, 1).
+        Returns:
+          (1, D) for one time, (B, D) for several.
+        """
         return self._side_by_side("alpha", t)
 
     def beta(self, t) -> chex.ArrayDevice:
+        """beta_t of every leaf, side by side.
+
+        Args:
+          t: times, (), (B,) or (B, 1).
+        Returns:
+          (1, D) for one time, (B, D) for several.
+        """
         return self._side_by_side("beta", t)
 
     def _side_by_side(self, schedule, t):
@@ -163,7 +239,13 @@ class Joint:
         )
 
     def check(self, x) -> None:
-        """Raises unless a state is laid out as this path is."""
+        """Raises unless a state is laid out as this path is.
+
+        Args:
+          x: a state, (B, D), or a pytree of arrays (B, ...).
+        Raises:
+          ValueError: if its leaves are others, or have other shapes.
+        """
         layout, size = states.layout(x), sum(self.layout.sizes)
         if layout is not None and layout != self.layout:
             raise ValueError(f"The path is joint for the state {self.layout}, but the state is {layout}.")
@@ -172,9 +254,11 @@ class Joint:
 
 
 def joint(paths, x) -> Joint:
-    """The path of a pytree whose leaves go along paths of their own: paths.joint({"image": Linear(), "pose": Cosine()}, x_1).
+    """The path of a pytree whose leaves go along paths of their own.
 
-    x_t = alpha_t x_1 + beta_t x_0, leaf by leaf        (1)
+    x_t = alpha_t x_1 + beta_t x_0        (1)
+
+    of every leaf, with the alpha and the beta of its own path, as `paths.joint({"image": Linear(), "pose": Cosine()}, x_1)`.
 
     Args:
       paths: a pytree of paths like the state, or one that stands for all leaves below it.
@@ -250,7 +334,9 @@ def lift(t, x) -> chex.ArrayDevice:
 
 
 def signal_fraction(path, t) -> chex.ArrayDevice:
-    """alpha_t / (alpha_t + beta_t), the time at which the linear path has the same signal-to-noise ratio.
+    """The share of the data in a path's scales: the time at which the linear path has the same signal-to-noise ratio.
+
+    c_t = alpha_t / (alpha_t + beta_t)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -264,11 +350,16 @@ def signal_fraction(path, t) -> chex.ArrayDevice:
 def time_from_signal_fraction(path, signal) -> chex.ArrayDevice:
     """The time of a path at a given signal: the inverse of `signal_fraction`, by bisection.
 
+    alpha_t / (alpha_t + beta_t) = signal
+
     Args:
       path: anything with `alpha(t)` and `beta(t)`, whose ratio alpha_t / beta_t rises over [0, 1].
       signal: in [0, 1], any shape; noise is 0, data 1.
     Returns:
       Times like signal, in [0, 1], the nearer end where the path does not reach it; differentiable in the signal and the path.
+    Raises:
+      TypeError: if `path` is no path, or the signal is not of real numbers.
+      ValueError: if a known signal is outside [0, 1], or along a joint path has another last axis than its state, (..., D).
     """
     checks.path(path)
     checks.real("signal", signal)

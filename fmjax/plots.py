@@ -85,6 +85,8 @@ def density(axes, log_density, t=None, *, extent=4.0, count=200, cmap="Blues"):
       extent: half the side of a square about 0, or (left, right, bottom, top).
       count: points along each side at which it is evaluated.
       cmap: a colour map of matplotlib.
+    Raises:
+      ValueError: if the extent is neither one positive number nor four, in their order, or the density is not one number per point.
     """
     x, sides = _grid(extent, count)
     log_p = np.asarray(jax.jit(log_density)(x) if t is None else jax.jit(log_density)(x, jnp.float32(t)))
@@ -107,6 +109,8 @@ def histogram(axes, x, *, extent=4.0, bins=160, blur=2.0, top=None, cmap="Blues"
       cmap: a colour map of matplotlib.
     Returns:
       The highest density, a number.
+    Raises:
+      ValueError: if the extent is neither one positive number nor four, in their order, or x is not in the plane.
     """
     x, sides = _plane("x", x).reshape(-1, 2), _sides(extent)
     counts = np.histogram2d(*x.T, bins=bins, range=[sides[:2], sides[2:]])[0]
@@ -129,6 +133,8 @@ def streamlines(axes, field, t, *, extent=4.0, count=32, cmap="viridis"):
       cmap: a colour map of matplotlib.
     Returns:
       What a colour bar belongs to, as in `figure.colorbar(plots.streamlines(...), ax=axes, label="speed")`.
+    Raises:
+      ValueError: if the extent is neither one positive number nor four, in their order, or the field's values are not like x.
     """
     x, sides = _grid(extent, count)
     u, v = _values(field, x, t).T.reshape(2, count, count)
@@ -148,6 +154,8 @@ def arrows(axes, field, t, *, extent=4.0, count=17, color="0.25"):
       extent: half the side of a square about 0, or (left, right, bottom, top).
       count: arrows along each side.
       color: a colour of matplotlib.
+    Raises:
+      ValueError: if the extent is neither one positive number nor four, in their order, or the field's values are not like x.
     """
     x, sides = _grid(extent, count)
     axes.quiver(*x.T, *_values(field, x, t).T, angles="xy", color=color, pivot="mid", width=0.0035)
@@ -163,6 +171,8 @@ def points(axes, x, *, color="C0", size=2.0, label=None):
       color: a colour of matplotlib, or a number per point.
       size: area of a dot, in points squared.
       label: what they are, for a legend.
+    Raises:
+      ValueError: if x is not in the plane.
     """
     x = _plane("x", x).reshape(-1, 2)
     lost = int((~np.isfinite(x).all(-1)).sum())
@@ -181,6 +191,8 @@ def lines(axes, states, times=None, *, color="0.4", width=0.7):
       times: the grid, (times,), for states on the line.
       color: a colour of matplotlib.
       width: of a line, in points.
+    Raises:
+      ValueError: if the states are not in the plane, or on the line not as many as the times.
     """
     states = np.asarray(states)
     if times is None:
@@ -220,6 +232,8 @@ def loss_by_time(axes, losses, times, *, bins=10, label=None):
       times: theirs, (N,), in [0, 1].
       bins: how many.
       label: what they are, for a legend.
+    Raises:
+      ValueError: if losses and times are not (N,) alike, or a time is outside [0, 1].
     """
     edges = np.linspace(0, 1, bins + 1)
     mean, error, _ = evaluation.loss_by_time(np.asarray(losses), np.asarray(times), edges)
@@ -234,6 +248,8 @@ def images(axes, shown):
     Args:
       axes: the panel.
       shown: (rows, columns, H, W, C) in [-1, 1]: in colours where C is 3, else the first channel in grey, dark on light.
+    Raises:
+      ValueError: if the images are not (rows, columns, H, W, C).
     """
     _show(axes, _tile(shown))
     axes.set(xticks=[], yticks=[])
@@ -249,6 +265,9 @@ def samples(blocks, rows, *, columns=10, row_height=0.39):
       row_height: height of each row, in inches; more where its pixels need more.
     Returns:
       A Figure.
+    Raises:
+      ImportError: if matplotlib is not installed (`pip install fmjax[plots]`).
+      ValueError: if the images are not (classes, n, H, W, C).
     """
     shown = {title: _tile(block[:, :columns]) for title, block in blocks.items()}
     first = next(iter(shown.values()))
@@ -274,6 +293,9 @@ def trajectories(states, times, rows, *, columns=11):
       columns: times that are drawn.
     Returns:
       A Figure.
+    Raises:
+      ImportError: if matplotlib is not installed (`pip install fmjax[plots]`).
+      ValueError: if the states are not (times, n, H, W, C).
     """
     states, times = np.asarray(states), np.asarray(times)
     chosen = np.linspace(0, len(times) - 1, columns).round().astype(int)
@@ -294,7 +316,11 @@ class Animation:
     """The picture, a GIF that repeats."""
 
     def save(self, file):
-        """Writes it, `animation.save("samples.gif")`."""
+        """Writes it, `animation.save("samples.gif")`.
+
+        Args:
+          file: where to, in place of what was there.
+        """
         Path(file).write_bytes(self.gif)
 
     def _repr_html_(self):
@@ -313,6 +339,9 @@ def animate(draw, frames, *, columns=1, size=3.4, seconds=4.0, limits=None) -> A
       limits: (left, right, bottom, top) of each panel, or one number for a square about 0, so that nothing jumps.
     Returns:
       An Animation: the last expression of a notebook's cell, or `.save("samples.gif")`.
+    Raises:
+      ImportError: if matplotlib or Pillow is not installed (`pip install fmjax[plots]`).
+      ValueError: if there are no frames.
     """
     from PIL import Image
 

@@ -18,6 +18,8 @@ import numpy as np
 
 from fmjax import checks
 
+__all__ = ["layout", "Layout"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -36,7 +38,7 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The numbers in one example of each leaf."""
+        """How many numbers one example of each leaf has."""
         return tuple(map(math.prod, self.shapes))
 
     def flatten(self, name, tree) -> chex.ArrayDevice:
@@ -69,7 +71,14 @@ class Layout:
         return jnp.concatenate([leaf.astype(dtype).reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
     def unflatten(self, flat, like=None) -> Any:
-        """The pytree of an array (B, D), or of more leading axes (..., D); each leaf in the dtype of that of `like`, where it is given."""
+        """The pytree of an array.
+
+        Args:
+          flat: (B, D), or of more leading axes (..., D).
+          like: a pytree whose leaves say the dtypes; None for that of the array.
+        Returns:
+          The pytree, of arrays (B, ...).
+        """
         parts = jnp.split(flat, np.cumsum(self.sizes)[:-1], axis=-1)
         leaves = [part.reshape(*flat.shape[:-1], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
         if like is not None:
@@ -77,12 +86,26 @@ class Layout:
         return self.structure.unflatten(leaves)
 
     def field(self, field) -> Callable:
-        """A function of the pytree and the time, (x, t) -> like x, as one of the array."""
+        """A function of the pytree and the time as one of the array.
+
+        Args:
+          field: (x, t) -> like x, of the pytree.
+        Returns:
+          (x, t) -> like x, of an array (B, D).
+        Raises:
+          TypeError: if the field is no function.
+        """
         checks.function("field", field, checks.FIELD)
         return lambda x, t: self.flatten("The field's output", field(self.unflatten(x), t))
 
     def of_state(self, function) -> Callable | None:
-        """A function of the pytree and more, to anything, as one of the array; None stays."""
+        """A function of the pytree and more, to anything, as one of the array.
+
+        Args:
+          function: of the pytree first; or None.
+        Returns:
+          A function of an array (B, D) first; None of None.
+        """
         return None if function is None else lambda x, *more: function(self.unflatten(x), *more)
 
 

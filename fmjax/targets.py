@@ -2,12 +2,12 @@
 
 Each target is a row (a, b) of coefficients, a function of the path and the time,
 
-    value = a x_1 + b x_0                                                            (1)
+    y = a x_1 + b x_0                                                            (1)
 
-and x_t = alpha_t x_1 + beta_t x_0 is one row more. Two rows determine x_1 and x_0, so any target follows from
+and x_t = alpha_t x_1 + beta_t x_0 is one row more. Two rows determine x_1 and x_0, so any target z = c x_1 + d x_0 follows from
 any other and x by one 2x2 solve,
 
-    value' = p x + q value,   (a', b') = p (alpha_t, beta_t) + q (a, b)              (2)
+    z = p x + q y,   (c, d) = p (alpha_t, beta_t) + q (a, b)                     (2)
 
 which holds for expectations given x_t = x too, hence for the marginal velocity and the marginal score, and for
 networks. A target of your own is a function `(path, t) -> (a, b)`.
@@ -25,49 +25,109 @@ from jax.core import Tracer
 from fmjax import checks, paths, states
 from fmjax.paths import Field
 
+__all__ = [
+    "velocity",
+    "score",
+    "noise",
+    "data",
+    "v",
+    "edm",
+    "convert",
+    "convert_field",
+    "coefficients",
+    "weight",
+    "change_path",
+    "scale_input",
+    "c_noise",
+]
+
 
 def velocity(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
-    """u = alpha'_t x_1 + beta'_t x_0, the derivative of x_t    (MIT 6.S184, "Flow Matching")."""
+    """The velocity, the derivative of x_t in t.
+
+    u = alpha'_t x_1 + beta'_t x_0    (MIT 6.S184, "Flow Matching")
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      t: times, any shape.
+    Returns:
+      The row (alpha'_t, beta'_t), each like t; infinite where the path's derivative is.
+    """
     t = jnp.asarray(t, jnp.result_type(float, t))
     return jax.jvp(lambda t: (path.alpha(t), path.beta(t)), (t,), (jnp.ones_like(t),))[1]
 
 
 def score(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
-    """grad log p_t(x | x_1) = -x_0 / beta_t, infinite at beta_t = 0    (MIT 6.S184, "Score Matching")."""
+    """The score of the path to x_1, the gradient of its log density.
+
+    grad log p_t(x_t | x_1) = -x_0 / beta_t    (MIT 6.S184, "Score Matching")
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      t: times, any shape.
+    Returns:
+      The row (0, -1 / beta_t), each like t; infinite where beta_t = 0.
+    """
     beta = jnp.asarray(path.beta(t))
     return jnp.zeros_like(beta), -1 / beta
 
 
 def noise(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
-    """x_0, the course's epsilon    (MIT 6.S184, "Denoising Diffusion Models", L_DDPM)."""
+    """The noise x_0, the course's epsilon    (MIT 6.S184, "Denoising Diffusion Models", L_DDPM).
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      t: times, any shape.
+    Returns:
+      The row (0, 1), each like t.
+    """
     beta = jnp.asarray(path.beta(t))
     return jnp.zeros_like(beta), jnp.ones_like(beta)
 
 
 def data(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
-    """x_1, the course's z."""
+    """The data x_1, the course's z.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      t: times, any shape.
+    Returns:
+      The row (1, 0), each like t.
+    """
     alpha = jnp.asarray(path.alpha(t))
     return jnp.ones_like(alpha), jnp.zeros_like(alpha)
 
 
 def v(path, t) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
-    """alpha_t x_0 - beta_t x_1    (Salimans and Ho 2022, arXiv:2202.00512, section 4, whose alpha and sigma are alpha and beta here)."""
+    """The v of progressive distillation.
+
+    v = alpha_t x_0 - beta_t x_1    (Salimans and Ho 2022, arXiv:2202.00512, section 4, whose alpha and sigma are alpha and beta here)
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      t: times, any shape.
+    Returns:
+      The row (-beta_t, alpha_t), each like t.
+    """
     return -path.beta(t), path.alpha(t)
 
 
 def edm(sigma_data=0.5) -> Callable:
     """EDM's target: what is left of the data when the best linear guess from x_t is taken away, of unit variance; for any path.
 
-    F = (beta_t x_1 - alpha_t sigma_data^2 x_0) / (sigma_data sqrt(beta_t^2 + alpha_t^2 sigma_data^2)),  so that with x = x_t / alpha_t
+    F = (beta_t x_1 - alpha_t sigma_data^2 x_0) / (sigma_data sqrt(beta_t^2 + alpha_t^2 sigma_data^2))
     D = c_skip x + c_out F,  c_skip = sigma_data^2 / (sigma^2 + sigma_data^2),  c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)
-    (Karras et al. 2022, arXiv:2206.00364, section 5, where sigma = beta_t / alpha_t)
+    (Karras et al. 2022, arXiv:2206.00364, section 5)
 
-    Its variance is 1 where the data's is sigma_data^2; with sigma_data = 1 on a path with alpha^2 + beta^2 = 1 it is -v.
+    with D the data, sigma = beta_t / alpha_t and x = x_t / alpha_t. Its variance is 1 where the data's is sigma_data^2; with
+    sigma_data = 1 on a path with alpha^2 + beta^2 = 1 it is -v.
 
     Args:
-      sigma_data: the data's standard deviation.
+      sigma_data: the data's standard deviation, above 0.
     Returns:
       A target, `(path, t) -> (a, b)`; the network's input is scaled by `scale_input`.
+    Raises:
+      ValueError: if `sigma_data` is not above 0.
     """
     checks.number("sigma_data", sigma_data, "the data's standard deviation", least=0, above=True)
 
@@ -83,15 +143,18 @@ def edm(sigma_data=0.5) -> Callable:
 def scale_input(path, network, sigma_data=0.5, *, time=None) -> Field:
     """A network that sees states of unit variance, as EDM's do.
 
-    (x, t) -> network(c_in x, t),  c_in = 1 / sqrt(alpha_t^2 sigma_data^2 + beta_t^2)    (Karras et al. 2022, arXiv:2206.00364, section 5)
+    f(x, t) = network(c_in x, t),  c_in = 1 / sqrt(alpha_t^2 sigma_data^2 + beta_t^2)    (Karras et al. 2022, arXiv:2206.00364, section 5)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       network: (x, t) -> like x.
-      sigma_data: the data's standard deviation.
+      sigma_data: the data's standard deviation, above 0.
       time: what the network sees of the time, a function of t: `lambda t: targets.c_noise(path, t)` is EDM's; by default t itself.
     Returns:
       A field, (x, t) -> like x, for `losses.denoising(..., target=targets.edm(sigma_data))` and other targets.
+    Raises:
+      TypeError: if `path` is no path, or the network or the time is no function.
+      ValueError: if `sigma_data` is not above 0.
     """
     checks.path(path)
     checks.function("network", network, checks.FIELD)
@@ -109,7 +172,9 @@ def scale_input(path, network, sigma_data=0.5, *, time=None) -> Field:
 
 
 def c_noise(path, t) -> chex.ArrayDevice:
-    """EDM's noise level for a network, log(beta_t / alpha_t) / 4    (Karras et al. 2022, arXiv:2206.00364, table 1).
+    """EDM's noise level for a network.
+
+    c_noise = 1/4 log(beta_t / alpha_t)    (Karras et al. 2022, arXiv:2206.00364, table 1)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -117,6 +182,7 @@ def c_noise(path, t) -> chex.ArrayDevice:
     Returns:
       Numbers like t.
     Raises:
+      TypeError: if `path` is no path, or joint.
       ValueError: if it is infinite at a known time.
     """
     checks.path(path)
@@ -148,7 +214,9 @@ def _unit(a, b):
 
 
 def coefficients(path, t, *, source, target) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
-    """The p and q of (2), value' = p x + q value.
+    """The p and q by which one target follows from another.
+
+    z = p x + q y,   (c, d) = p (alpha_t, beta_t) + q (a, b)        (2)
 
     With source `score` and target `velocity` these are the course's (a_t, b_t), u = a_t x + b_t grad log p_t
     (MIT 6.S184, "Classifier-Free Guidance").
@@ -157,11 +225,13 @@ def coefficients(path, t, *, source, target) -> tuple[chex.ArrayDevice, chex.Arr
       path: anything with `alpha(t)` and `beta(t)`.
       t: times, any shape.
       source: the target that is known, a function `(path, t) -> (a, b)`.
-      target: the target that is wanted, likewise.
+      target: the target that is wanted, a function `(path, t) -> (c, d)`.
     Returns:
       p and q, each like t. They are finite wherever their limit is, with these exceptions: where alpha_t = 0 the noise and the
       score say nothing of the data, and a velocity that is 0 there neither (`paths.Polynomial` at noise, for a power above 1);
       where beta_t = 0 the data say nothing of the noise.
+    Raises:
+      TypeError: if `path` is no path, or a target is no function.
     """
     checks.path(path)
     _check_targets(source, target)
@@ -214,7 +284,7 @@ def _check_known(path, t, source, target):
 def convert(path, value, x, t, *, source, target) -> chex.ArrayDevice:
     """The value of one target from that of another: `targets.convert(path, u, x, t, source=targets.velocity, target=targets.score)`.
 
-    value' = p x + q value        (2)
+    z = p x + q value        (2)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -246,6 +316,8 @@ def convert(path, value, x, t, *, source, target) -> chex.ArrayDevice:
 def convert_field(path, field, *, source, target) -> Field:
     """The field of one target from the field of another: a network that predicts noise, say, as a velocity.
 
+    g(x, t) = p x + q f(x, t)        (2)
+
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       field: (x, t) -> the target `source`, like x.
@@ -253,6 +325,8 @@ def convert_field(path, field, *, source, target) -> Field:
       target: what is wanted, likewise.
     Returns:
       A field, (x, t) -> the target `target`, like x, of one evaluation of `field`.
+    Raises:
+      TypeError: if `path` is no path, or the field or a target is no function.
     """
     checks.path(path)
     checks.function("field", field, checks.FIELD)
@@ -268,10 +342,10 @@ def convert_field(path, field, *, source, target) -> Field:
 def change_path(field, *, source, target) -> Field:
     """The velocity along one path from the velocity that was learned along another, with the same noise and data at every x.
 
-    At the times s of the source and t of the target at which alpha / beta is the same, the states are in proportion:
-
     u_t(x) = alpha'_t E[x_1 | x_s] + beta'_t E[x_0 | x_s],   x_s = (alpha_s + beta_s) / (alpha_t + beta_t) x
     (Pokle et al. 2023, arXiv:2310.04432, lemma 2; Lipman et al. 2024, arXiv:2412.06264, section 4.7)
+
+    at the times s of the source and t of the target at which alpha / beta is the same, where the states are in proportion.
 
     Args:
       field: (x, t) -> u_t(x) along `source`; from another prediction by `convert_field`.
@@ -279,6 +353,8 @@ def change_path(field, *, source, target) -> Field:
       target: the path to go along, likewise; where its noise is larger than all of the source's, the source's end stands in.
     Returns:
       A field, (x, t) -> u_t(x) along `target`, of one evaluation of `field`.
+    Raises:
+      TypeError: if the field is no function, or one of the paths is none, or joint.
     """
 
     checks.function("field", field, checks.FIELD)
@@ -301,7 +377,9 @@ def change_path(field, *, source, target) -> Field:
 
 
 def weight(path, t, *, source, target) -> chex.ArrayDevice:
-    """Turns a squared error on source into one on target: at the same x, |error'|^2 = q^2 |error|^2.
+    """Turns a squared error on source into one on target, at the same x.
+
+    |e_target|^2 = q^2 |e_source|^2        (2)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -309,6 +387,8 @@ def weight(path, t, *, source, target) -> chex.ArrayDevice:
       source: what the network predicts, a function `(path, t) -> (a, b)`.
       target: the target whose squared error is wanted, likewise.
     Returns:
-      q^2 of (2), like t.
+      q^2, like t.
+    Raises:
+      TypeError: if `path` is no path, or a target is no function.
     """
     return coefficients(path, t, source=source, target=target)[1] ** 2

@@ -15,6 +15,21 @@ from jax.core import Tracer
 
 from fmjax import checks, paths
 
+__all__ = [
+    "uniform_grid",
+    "karras",
+    "log_snr_grid",
+    "optimize_grid",
+    "shift",
+    "resolution_factor",
+    "cosine",
+    "quadratic",
+    "uniform",
+    "stratified",
+    "logit_normal",
+    "log_normal",
+]
+
 
 def _known(function):
     """The same with a result that is known where its arguments are, also inside `jax.jit`: samplers check what they know."""
@@ -33,28 +48,38 @@ def _check_draw(key, n):
 
 
 def uniform(key, n) -> chex.ArrayDevice:
-    """n independent times, t ~ Unif[0, 1)    (MIT 6.S184, "Flow Matching").
+    """Independent times, uniform from noise to data.
+
+    t_i ~ Unif[0, 1]    (MIT 6.S184, "Flow Matching")
 
     Args:
       key: a typed key.
       n: how many.
     Returns:
-      Times, (n,), float32.
+      Times, (n,), float32, below 1.
+    Raises:
+      TypeError: if the key is not typed.
+      ValueError: if n is not a whole number of at least 1.
     """
     _check_draw(key, n)
     return jax.random.uniform(key, (n,))
 
 
 def stratified(key, n) -> chex.ArrayDevice:
-    """n uniform times, one in each of n equal intervals, in random order: the loss of a batch varies less.
+    """Uniform times, one in each of n equal intervals, in random order: the loss of a batch varies less.
 
-    t_i = (p_i + u_i) / n,  p a permutation, u_i ~ Unif[0, 1)    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1, with u_i independent)
+    t_i = (p_i + u_i) / n,  u_i ~ Unif[0, 1]    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1, with u_i independent)
+
+    with p a random permutation of 0 to n - 1.
 
     Args:
       key: a typed key.
       n: how many.
     Returns:
       Times, (n,), float32; each is uniform on [0, 1).
+    Raises:
+      TypeError: if the key is not typed.
+      ValueError: if n is not a whole number of at least 1.
     """
     _check_draw(key, n)
     key_order, key_within = jax.random.split(key)
@@ -64,17 +89,20 @@ def stratified(key, n) -> chex.ArrayDevice:
 
 
 def logit_normal(key, n, mean=0.0, std=1.0) -> chex.ArrayDevice:
-    """n times whose logit is normal, which prefers the middle of the path    (Esser et al. 2024, arXiv:2403.03206, eq. 19).
+    """Times whose logit is normal, which prefers the middle of the path.
 
-    t = 1 / (1 + exp(-g)),  g ~ N(mean, std^2)
+    t = 1 / (1 + exp(-g)),  g ~ N(mean, std^2)    (Esser et al. 2024, arXiv:2403.03206, eq. 19)
 
     Args:
       key: a typed key.
       n: how many.
       mean: of the logit; above 0 prefers times near the data.
-      std: of the logit.
+      std: standard deviation of the logit, at least 0.
     Returns:
-      Times, (n,), float32.
+      Times, (n,), float32, in (0, 1).
+    Raises:
+      TypeError: if the key is not typed.
+      ValueError: if n is not a whole number of at least 1, or `std` is negative.
     """
     _check_draw(key, n)
     checks.number("mean", mean, "the mean of the logit")
@@ -85,7 +113,7 @@ def logit_normal(key, n, mean=0.0, std=1.0) -> chex.ArrayDevice:
 
 
 def log_normal(key, n, path, mean=-1.2, std=1.2) -> chex.ArrayDevice:
-    """n times at which the logarithm of the noise level beta / alpha is normal, EDM's density for training.
+    """Times at which the logarithm of the noise level beta / alpha is normal, EDM's density for training.
 
     log(beta_t / alpha_t) ~ N(mean, std^2)        (Karras et al. 2022, arXiv:2206.00364, table 1, P_mean and P_std)
 
@@ -94,9 +122,12 @@ def log_normal(key, n, path, mean=-1.2, std=1.2) -> chex.ArrayDevice:
       n: how many.
       path: anything with `alpha(t)` and `beta(t)`.
       mean: of the logarithm; -0.4 in EDM2.
-      std: of the logarithm; 1.0 in EDM2.
+      std: standard deviation of the logarithm, at least 0; 1.0 in EDM2.
     Returns:
       Times, (n,), float32, the nearer end where the path does not reach a noise level.
+    Raises:
+      TypeError: if the key is not typed, or `path` is no path, or joint.
+      ValueError: if n is not a whole number of at least 1, or `std` is negative.
     """
     _check_draw(key, n)
     _check_one(path)
@@ -114,7 +145,9 @@ def _check_steps(steps, least):
 
 @_known
 def uniform_grid(steps, start=0.0, end=1.0) -> chex.ArrayDevice:
-    """The uniform grid of `steps` steps, `steps + 1` times    (MIT 6.S184, "Euler Method": h = 1 / n).
+    """The uniform grid.
+
+    t_i = start + i (end - start) / steps    (MIT 6.S184, "Euler Method", h = 1 / n)
 
     Args:
       steps: how many steps, at least 1.
@@ -135,15 +168,19 @@ def uniform_grid(steps, start=0.0, end=1.0) -> chex.ArrayDevice:
 
 @_known
 def shift(t, factor) -> chex.ArrayDevice:
-    """Moves times towards noise, for a factor above 1, as larger images need    (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+    """Moves times towards noise, for a factor above 1, as larger images need.
 
-    t' = t / (t + factor (1 - t)),  so that on the linear path beta / alpha grows by the factor
+    s = t / (t + factor (1 - t))    (Esser et al. 2024, arXiv:2403.03206, eq. 23)
+
+    so that on the linear path the noise level beta / alpha grows by the factor.
 
     Args:
       t: times in [0, 1], any shape: a grid, or a batch for training.
-      factor: 1 leaves t as it is.
+      factor: above 0; 1 leaves t as it is.
     Returns:
       Times, like t, with 0 and 1 in their places.
+    Raises:
+      ValueError: if the factor is not above 0, or a known time is outside [0, 1].
     """
     checks.number("factor", factor, "what the noise level is multiplied with, 1 to leave times as they are", least=0, above=True)
     _check_times(t)
@@ -151,13 +188,17 @@ def shift(t, factor) -> chex.ArrayDevice:
 
 
 def resolution_factor(size, base) -> float:
-    """The factor of `shift` for images of another size than times were chosen for    (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+    """The factor of `shift` for images of another size than times were chosen for.
+
+    sqrt(size / base)    (Esser et al. 2024, arXiv:2403.03206, eq. 23)
 
     Args:
       size: numbers in an image, such as 512 * 512.
       base: numbers in an image of the size that needs no shift.
     Returns:
-      sqrt(size / base).
+      The factor, a number.
+    Raises:
+      ValueError: if one is not above 0.
     """
     checks.number("size", size, "a count of numbers in an image, such as 512 * 512", least=0, above=True)
     checks.number("base", base, "a count of numbers in an image, such as 256 * 256", least=0, above=True)
@@ -173,12 +214,16 @@ def _check_times(t):
 
 @_known
 def cosine(t) -> chex.ArrayDevice:
-    """Moves times towards both ends, (1 - cos(pi t)) / 2: steps shrink towards noise and towards data.
+    """Moves times towards both ends: steps shrink towards noise and towards data.
+
+    s = (1 - cos(pi t)) / 2
 
     Args:
       t: times in [0, 1], any shape.
     Returns:
       Times, like t, with 0 and 1 in their places.
+    Raises:
+      ValueError: if a known time is outside [0, 1].
     """
     _check_times(t)
     return jnp.sin(jnp.pi / 2 * t) ** 2
@@ -186,12 +231,16 @@ def cosine(t) -> chex.ArrayDevice:
 
 @_known
 def quadratic(t) -> chex.ArrayDevice:
-    """Moves times towards data, 1 - (1 - t)^2: steps shrink towards data    (Song, Meng and Ermon 2021, arXiv:2010.02502, appendix D.2).
+    """Moves times towards data: steps shrink towards data.
+
+    s = 1 - (1 - t)^2    (Song, Meng and Ermon 2021, arXiv:2010.02502, appendix D.2)
 
     Args:
       t: times in [0, 1], any shape.
     Returns:
       Times, like t, with 0 and 1 in their places.
+    Raises:
+      ValueError: if a known time is outside [0, 1].
     """
     _check_times(t)
     return 1 - (1 - t) ** 2
@@ -199,9 +248,12 @@ def quadratic(t) -> chex.ArrayDevice:
 
 @_known
 def karras(path, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> chex.ArrayDevice:
-    """EDM's grid in a path's own time: powers of the noise level in equal steps, and data    (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+    """EDM's grid in a path's own time: powers of the noise level in equal steps, and data.
 
-    beta / alpha = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,  i < n,  then 0
+    sigma_i = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,  i < n,  sigma_n = 0
+    (Karras et al. 2022, arXiv:2206.00364, eq. 5)
+
+    with the noise level sigma = beta / alpha.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
@@ -212,6 +264,7 @@ def karras(path, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> chex.ArrayD
     Returns:
       Times, (steps + 1,); it starts where the noise level is `sigma_max`, so noise there is beta_t N(0, I) to good approximation.
     Raises:
+      TypeError: if `path` is no path, or joint.
       ValueError: if there are fewer than 2 steps, the levels are not 0 < sigma_min < sigma_max, or the path does not reach them.
     """
     _check_one(path)
@@ -226,16 +279,20 @@ def karras(path, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> chex.ArrayD
 
 @_known
 def log_snr_grid(path, steps, start, end) -> chex.ArrayDevice:
-    """The grid in equal steps of the log signal-to-noise ratio, log(alpha_t^2 / beta_t^2)    (Lu et al. 2022, arXiv:2206.00927, section 5).
+    """The grid in equal steps of the log signal-to-noise ratio.
+
+    lambda_i = lambda_0 + i (lambda_n - lambda_0) / n,  lambda_t = log(alpha_t^2 / beta_t^2)
+    (Lu et al. 2022, arXiv:2206.00927, section 5)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
-      steps: how many steps, at least 1.
+      steps: how many steps n, at least 1.
       start: the first time, with alpha_t > 0.
       end: the last time, with beta_t > 0.
     Returns:
       Times, (steps + 1,).
     Raises:
+      TypeError: if `path` is no path, or joint.
       ValueError: if steps is not positive, end is not after start, or the ratio is infinite at one of them.
     """
     _check_one(path)

@@ -38,6 +38,7 @@ CHAPTERS = re.findall(r"chapter:: (\S+)", "".join(page.read_text() for page in s
         ("X_{i+1} = X_i", r"X_{i + 1} = X_{i}"),
         ("x <- x + 1 / n", r"x \leftarrow x + \frac{1}{n}"),
         ("s <= 1e-3", r"s \le 1 \cdot 10^{-3}"),
+        ("w N(x; m) / p(x)", r"w \frac{N (x ; m)}{p (x)}"),
     ],
 )
 def test_equations_become_latex(text, latex):
@@ -54,6 +55,11 @@ def test_a_parameter_is_a_name():
     with pytest.raises(equations.NotAnEquation, match="rate"):
         equations.latex("rate_max - 1")
     assert equations.latex("rate_max - 1", ["rate_max"]) == r"\mathrm{rate}_{\max} - 1"
+
+
+def test_a_bracket_with_a_number_is_a_number_alone():
+    assert reference._equation("u = (1 - w) v (1) (MIT)", set()) == ("u = (1 - w) v", "(1) (MIT)")
+    assert reference._equation("1 / (1 + x)    (MIT)", set()) == (r"\frac{1}{1 + x}", "(MIT)")
 
 
 def test_every_public_module_has_its_page():
@@ -82,6 +88,16 @@ def test_every_equation_of_a_docstring_is_rendered(chapter):
             if re.search(r"\S = \S", line) and not in_code and not line.startswith("   ") and len(prose) < 2:
                 left.append(f"{name}: {line.strip()}")
     assert not left, "not rendered as equations:\n" + "\n".join(left)
+
+
+def test_what_is_no_function_has_its_words_too():
+    training = importlib.import_module("fmjax.training")
+    assert reference.under("PREEMPTED", training).startswith("The exit status")
+    with pytest.raises(ValueError, match="no string under it"):
+        reference.under("fit", training)
+    lines = ["Of x, (B,): 0 without probes."]
+    reference.process(None, "attribute", "fmjax.training.Mean.count", training.Mean.count, None, lines)
+    assert lines[:2] == ["..", ""]
 
 
 def test_a_docstring_becomes_a_page():

@@ -185,7 +185,9 @@ class _Parser:
         if self.peek() == "~":
             self.take()
             written = rf"\tilde{{{written}}}"
-        return self.indexed(written)
+        written = self.indexed(written)
+        # What follows at once is what a function is of, so f(x) is one part of a fraction.
+        return f"{written} {self.atom()}" if self.peek() == "(" else written
 
     def indexed(self, written):
         """Sub- and superscripts."""

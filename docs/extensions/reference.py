@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -18,11 +19,12 @@ import equations
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
+from sphinx.pycode import ModuleAnalyzer
 
 API = Path(__file__).parents[1] / "api"
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 # An equation, and behind it its number, what it is, or who found it.
-EQUATION = re.compile(r"^(?P<equation>.+?)(?:(?: {4,}| (?=\((?:\d|MIT|[A-Z][^()]+ (?:19|20)\d\d)))(?P<rest>.*))?$")
+EQUATION = re.compile(r"^(?P<equation>.+?)(?:(?: {4,}| (?=\((?:\d+\)|MIT|[A-Z][^()]+ (?:19|20)\d\d)))(?P<rest>.*))?$")
 
 
 def public_names(module):
@@ -74,17 +76,35 @@ class Chapter(Reader):
         public = public_names(module)
         lines = [f".. automodule:: {module.__name__}", "", ".. list-table::", "   :widths: 30 70", "   :class: names", ""]
         for name, value in public:
-            lines += [f"   * - :py:obj:`{name} <{module.__name__}.{name}>`", f"     - {markup(summary(value), module)}"]
+            words = under(name, module) if isinstance(value, int | str | tuple) else value
+            lines += [f"   * - :py:obj:`{name} <{module.__name__}.{name}>`", f"     - {markup(summary(words), module)}"]
         lines.append("")
         for name, value in public:
-            kind = "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "autodata"
-            lines += [f".. {kind}:: {module.__name__}.{name}", *(["   :members:"] if kind == "autoclass" else []), ""]
+            full = f"{module.__name__}.{name}"
+            if isinstance(value, int | str | tuple):
+                lines += [f".. py:data:: {name}", f"   :module: {module.__name__}", f"   :value: {value!r}", ""]
+                lines += [f"   {markup(under(name, module), module)}", ""]
+            elif inspect.isclass(value):
+                lines += [f".. autoclass:: {full}", "   :members:", ""]
+            elif inspect.isroutine(value):
+                lines += [f".. autofunction:: {full}", ""]
+            else:
+                # A function in an object, such as a step of a sampler.
+                lines += [f".. autofunction:: {full}({', '.join(inspect.signature(value.step).parameters)})", ""]
         return self.read(lines)
 
 
+def under(name, module):
+    """The string under a constant, in a module or in what that takes it from."""
+    for source in sorted(each for each in sys.modules if each == module.__name__ or each.startswith(f"{module.__name__}.")):
+        if found := ModuleAnalyzer.for_module(source).find_attr_docs().get(("", name)):
+            return " ".join(found).strip()
+    raise ValueError(f"{module.__name__}.{name} has no string under it.")
+
+
 def summary(value):
-    """The first sentence of a docstring, without its source."""
-    paragraph = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ")
+    """The first sentence of a docstring, or of a text, without its source."""
+    paragraph = ((value if isinstance(value, str) else inspect.getdoc(value)) or "").split("\n\n")[0].replace("\n", " ")
     return re.split(r" {4,}|(?<=[.:]) (?=[A-Z(])", paragraph)[0].rstrip(":").strip()
 
 
@@ -220,6 +240,9 @@ def process(app, what, name, obj, options, lines):
     if inspect.isclass(obj):
         names |= set(getattr(obj, "__annotations__", ()))
     lines[:] = convert(list(lines), module, names | {name for name in vars(module) if name[0] != "_"})
+    if what in ("attribute", "property"):
+        # An empty comment, since napoleon takes what stands before a colon in the first line for a type.
+        lines[:0] = ["..", ""]
 
 
 def setup(app):

@@ -2,7 +2,7 @@
 
     with checkpoints.Checkpointer("runs/latents/checkpoints") as checkpointer:
         run = checkpointer.resume(training.Run(state, key))
-        run = training.fit(step, run, stream, steps=..., save=checkpointer.save, save_every=5000)
+        run = training.fit(step, run, stream, steps=steps, save=checkpointer.save, save_every=5000)
 
 What is sampled is read alone by `restore_part(folder, "ema")`; another model begins from what fits it by `restore_matching`.
 
@@ -15,4 +15,4 @@ from fmjax.checkpoints.checkpointer import Checkpointer
 from fmjax.checkpoints.parts import restore_matching, restore_part
 from fmjax.checkpoints.store import CorruptCheckpoint, restore, save
 
-__all__ = ["Checkpointer", "CorruptCheckpoint", "restore", "restore_matching", "restore_part", "save"]
+__all__ = ["Checkpointer", "restore_part", "restore_matching", "save", "restore", "CorruptCheckpoint"]

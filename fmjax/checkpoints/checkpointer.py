@@ -15,6 +15,7 @@ from fmjax.checkpoints.folders import ORBAX, PART, first_line, free_name, is_che
 from fmjax.checkpoints.leaves import plain_key, same
 from fmjax.checkpoints.parts import for_optimizer
 from fmjax.checkpoints.store import CorruptCheckpoint, begin, index_of, read
+from fmjax.training.run import check_position, check_run
 
 
 class Checkpointer:
@@ -52,7 +53,11 @@ class Checkpointer:
         self.close()
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order."""
+        """The steps that have a checkpoint, in order.
+
+        Returns:
+          Their numbers, a list.
+        """
         return steps_in(self.folder)
 
     def save(self, run, wait=False) -> None:
@@ -118,7 +123,7 @@ class Checkpointer:
           ValueError: if the last is of another model, or of another optimiser without `new_optimizer`, or was begun with another key, or
             the folder has checkpoints of Orbax's own.
         """
-        training.check_run(run)
+        check_run(run)
         steps, of_optimizer = self.steps(), []
         choose = for_optimizer(of_optimizer) if new_optimizer else None
         others = [file.parent for file in sorted(self.folder.glob(f"*/{ORBAX}")) if file.parent.name.isdecimal()]
@@ -172,8 +177,8 @@ class Checkpointer:
 
     def _beside(self, run):
         """What stands beside the arrays."""
-        training.check_run(run)
-        training.check_position(run.position)
+        check_run(run)
+        check_position(run.position)
         last = run.history[-1] if run.history and run.history[-1].get("step") == int(run.state.step) else None
         if last is not None and self._best is not None and self._best not in last:
             raise ValueError(f"best is {self._best!r}, but the metrics are {', '.join(map(repr, last))}: name one of these.")

@@ -2,7 +2,10 @@
 
 import numpy as np
 
+__all__ = ["load", "CLASSES"]
+
 CLASSES = 10
+"""How many classes there are."""
 
 
 def load(held_out=0.2, seed=0) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:

@@ -14,8 +14,12 @@ import numpy as np
 from fmjax import files
 from fmjax.data import images
 
+__all__ = ["load", "NAMES", "CLASSES", "read_idx"]
+
 CLASSES = 10
+"""How many classes there are."""
 NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+"""The classes' names, in the order of their labels."""
 
 MOST = 2**28
 """Bytes of an idx file; those of Fashion-MNIST have a sixth of that."""

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+__all__ = ["folder", "records", "arrays", "Source", "scale"]
+
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """What a file may be, whatever its name says: Pillow has formats that run other programs."""
@@ -42,7 +44,17 @@ class Source:
 
 
 def scale(pixels) -> np.ndarray:
-    """Pixels of any shape, uint8 in [0, 255], as float32 in [-1, 1]."""
+    """Pixels as numbers in [-1, 1].
+
+    x / 127.5 - 1
+
+    Args:
+      pixels: any shape, uint8 in [0, 255].
+    Returns:
+      Like pixels, float32.
+    Raises:
+      TypeError: if the pixels are not uint8.
+    """
     if pixels.dtype != np.uint8:
         raise TypeError(f"The pixels have dtype {pixels.dtype}; expected uint8, which goes from 0 to 255: cast them.")
     return pixels.astype(np.float32) / 127.5 - 1
@@ -79,9 +91,10 @@ def folder(root, *, size, channels=3, skip_broken=False) -> Source:
     Returns:
       A `Source` with `classes` and `broken`, in the order of the sorted paths of each class.
     Raises:
+      ImportError: if Pillow is not installed (`pip install fmjax[images]`).
       FileNotFoundError: if there is no such folder.
-      ValueError: if it or one of its classes has no images, or it has images both in classes and beside them; and, when
-        an image is read, if it cannot be decoded.
+      ValueError: if `size` is below 1 or `channels` neither 1 nor 3; if the folder or one of its classes has no images, or it has images
+        both in classes and beside them; and, when an image is read, if it cannot be decoded.
     """
     _check(size, channels)
     root = Path(root)
@@ -124,9 +137,10 @@ def records(source, *, size, channels=3, image="image", label="label") -> Source
     Returns:
       A `Source` as long as the given one.
     Raises:
+      ImportError: if Pillow is not installed (`pip install fmjax[images]`).
       KeyError: when a record is read, if it lacks a key.
       TypeError: likewise, if its image or its label is of another type.
-      ValueError: likewise, if the array is not of such a shape.
+      ValueError: if `size` is below 1 or `channels` neither 1 nor 3; when a record is read, if the array is not of such a shape.
     """
     _check(size, channels)
     return Source(len(source), functools.partial(_read_record, source, size, channels, image, label))

@@ -16,6 +16,8 @@ import numpy as np
 from fmjax import files
 from fmjax.data import images
 
+__all__ = ["write", "read"]
+
 REAL = "biuf"
 """Kinds of NumPy's dtypes that float32 can stand for."""
 
@@ -31,6 +33,7 @@ def write(file, arrays, labels) -> None:
       ImportError: if array_record is not installed (`pip install fmjax[images]`).
       TypeError: if an array is not of real numbers, or a label is no integer.
       ValueError: if there are not as many labels as arrays, a number is not one that float32 has room for, or a label is none of int32.
+      OSError: if the file cannot be written; what was there stays.
     """
     package = _package()
     with files.replacing(file) as part:

@@ -16,6 +16,8 @@ import numpy as np
 
 from fmjax import checks
 
+__all__ = ["batches", "to_device", "in_order", "split"]
+
 
 def batches(source, size, *, seed=0, epochs=None, shuffle=True, threads=4, process_index=None, process_count=None) -> Iterator:
     """An iterator of batches, prefetched.

@@ -25,6 +25,8 @@ from jax.core import Tracer
 
 from fmjax.models import layers
 
+__all__ = ["Label", "Vector", "Tokens", "Image", "Several", "Embedded"]
+
 
 class Embedded(NamedTuple):
     """What a network takes of a condition, each None where there is none of it."""
@@ -118,6 +120,7 @@ class Label(nn.Module):
     """A class of each example, (B,), from 0 to num_classes; the last is no class. A vector of `layers.LabelEmbedding`."""
 
     num_classes: int
+    """How many classes there are; the label of that number is no class."""
 
     @nn.compact
     def __call__(self, y, x, features):
@@ -178,6 +181,7 @@ class Several(nn.Module):
     """
 
     parts: Mapping[str, nn.Module]
+    """The condition of each key."""
 
     @nn.compact
     def __call__(self, y, x, features):

@@ -3,11 +3,12 @@
 An image, a signal or a volume becomes a sequence of patches; each block is attention and an MLP, whose normalisations are shifted
 and scaled, and whose outputs are gated, by the embedding c of the time and the label:
 
-    h <- h + g_1 Attention(s_1 N(h) + b_1),   h <- h + g_2 MLP(s_2 N(h) + b_2),   (b, s - 1, g) = Dense(silu(c))
+    h <- h + g_1 A(s_1 N(h) + b_1),   h <- h + g_2 M(s_2 N(h) + b_2),   (b, s - 1, g) = W silu(c)
 
-The gates and the last layer start at zero, so a block starts as the identity and the network as zero. The published sizes
-are `DiT_S`, `DiT_B`, `DiT_L` and `DiT_XL`: `DiT_XL(patch_size=2, num_classes=1000)` is DiT-XL/2. Later recipes are other modules in its
-places, such as JiT (Li and He 2025, arXiv:2511.13720), whose JiT-B/16 is
+with A attention, M an MLP, N a normalisation and W a dense layer. The gates and the last layer start at zero, so a block starts as
+the identity and the network as zero. The published sizes are `DiT_S`, `DiT_B`, `DiT_L` and `DiT_XL`:
+`DiT_XL(patch_size=2, num_classes=1000)` is DiT-XL/2. Later recipes are other modules in its places, such as JiT
+(Li and He 2025, arXiv:2511.13720), whose JiT-B/16 is
 
     DiT_B(patch_size=16, num_classes=1000, time_embedding=layers.Sinusoids(scale=1.0), bottleneck=128, class_tokens=32, context_start=4,
       norm=layers.RMSNorm, qk_norm=layers.RMSNorm, mlp_layer=SwiGLU, rotary=True)
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fmjax.models import conditions, layers
+
+__all__ = ["DiT", "DiT_S", "DiT_B", "DiT_L", "DiT_XL", "GELU", "SwiGLU", "stack", "unstack"]
 
 _xavier = nn.initializers.xavier_uniform()
 _zeros = nn.initializers.zeros_init()
@@ -83,10 +86,15 @@ class Attention(nn.Module):
 
 
 class GELU(nn.Module):
-    """Dense, gelu, Dense    (Peebles and Xie 2023, arXiv:2212.09748)."""
+    """The MLP of two dense layers.
+
+    W_2 gelu(W_1 h)    (Peebles and Xie 2023, arXiv:2212.09748)
+    """
 
     ratio: float = 4.0
+    """How many times h's features it has inside."""
     dtype: jnp.dtype = jnp.float32
+    """Precision of the computation; parameters are float32."""
 
     @nn.compact
     def __call__(self, h):
@@ -95,10 +103,15 @@ class GELU(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Dense (silu(Dense) * Dense), two thirds as many features, so of as many parameters as GELU    (Shazeer 2020, arXiv:2002.05202)."""
+    """The gated MLP, two thirds as many features, so of as many parameters as `GELU`.
+
+    W_3 (silu(W_1 h) W_2 h)    (Shazeer 2020, arXiv:2002.05202)
+    """
 
     ratio: float = 4.0
+    """How many times h's features it has inside, before the two thirds."""
     dtype: jnp.dtype = jnp.float32
+    """Precision of the computation; parameters are float32."""
 
     @nn.compact
     def __call__(self, h):
@@ -153,13 +166,19 @@ class DiT(nn.Module):
     patch_size: int = 2
     """The side of a patch, along every axis."""
     hidden_size: int = 384
+    """Features of a token, a multiple of 4 and of `num_heads`."""
     depth: int = 12
+    """How many blocks there are."""
     num_heads: int = 6
+    """Heads of the attention."""
     num_classes: int | None = None
+    """How many classes there are, where y is labels; the label of that number is no class. None for no labels."""
     condition: nn.Module | None = None
     """What y is, in place of `num_classes`: a module of `conditions`."""
     mlp_ratio: float = 4.0
+    """How many times `hidden_size` the features inside an MLP are."""
     dropout: float = 0.0
+    """The share of what a block adds that is dropped in training."""
     learn_sigma: bool = False
     """Whether the output has a second half, for a variance, as published weights of discrete-time diffusion have."""
     time_embedding: nn.Module = layers.Sinusoids()
@@ -359,7 +378,13 @@ def stack(params, start=0) -> chex.ArrayTree:
 
 
 def unstack(params) -> chex.ArrayTree:
-    """The parameters of a DiT without `scan`, from those of the same network with it: the inverse of `stack`."""
+    """The parameters of a DiT without `scan`, from those of the same network with it: the inverse of `stack`.
+
+    Args:
+      params: of a DiT with `scan`, {"params": ...}.
+    Returns:
+      The same with leaves of their own for each block.
+    """
     out = {}
     for name, value in params["params"].items():
         if name.startswith("blocks_"):

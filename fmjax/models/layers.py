@@ -1,12 +1,13 @@
 """Layers that the networks share: embeddings of times, labels and positions, and normalisations.
 
-An embedding of the time is a module `(B,) -> (B, features)` without the network behind it:
+An embedding of the time is a module `(B,) -> (B, d)` without the network behind it:
 
-    Sinusoids           [cos(1000 t w_i), sin(1000 t w_i)],             w_i = 10000^(-2i / features)               (1)
-    Fourier             sqrt(2 / features) [cos(2 pi t w_i), sin(2 pi t w_i)],  w_i from lowest to highest         (2)
-    LearnableFourier    the same with learnt w_i                                                                (3)
+    [cos(1000 t w_i), sin(1000 t w_i)],   w_i = 10000^(-2 i / d)        Sinusoids               (1)
+    sqrt(2 / d) [cos(2 pi t w_i), sin(2 pi t w_i)]                      Fourier                 (2)
+    sqrt(2 / d) [cos(2 pi t w_i), sin(2 pi t w_i)]                      LearnableFourier        (3)
 
-The norm of (2) and (3) is exactly 1, since cos^2 + sin^2 = 1.
+where the w_i of (2) go from the lowest to the highest, and those of (3) are learnt. The norm of (2) and (3) is exactly 1, since the
+squares of a cosine and a sine sum to 1.
 """
 
 import math
@@ -20,6 +21,23 @@ from flax import linen as nn
 from jax.core import Tracer
 
 from fmjax import paths
+
+__all__ = [
+    "Sinusoids",
+    "Fourier",
+    "LearnableFourier",
+    "TimeEmbedding",
+    "LabelEmbedding",
+    "LogVariance",
+    "LayerNorm",
+    "RMSNorm",
+    "GroupNorm",
+    "Dense",
+    "CrossAttention",
+    "grid_positions",
+    "rotary_angles",
+    "rotate",
+]
 
 
 def as_matrix(initializer) -> Callable:
@@ -46,9 +64,15 @@ def _waves(phase):
 
 
 class Sinusoids(nn.Module):
-    """Cosines and sines at frequencies that fall geometrically from 1 to 1 / max_period    (1) (Peebles and Xie 2023, arXiv:2212.09748)."""
+    """Cosines and sines of the time, (B,) -> (B, features), at frequencies that fall geometrically from 1 to 1 / max_period.
+
+    [cos(scale t w_i), sin(scale t w_i)],   w_i = p^(-2 i / features)        (1) (Peebles and Xie 2023, arXiv:2212.09748)
+
+    with p the `max_period`.
+    """
 
     features: int = 256
+    """How many cosines and sines there are, an even number."""
     scale: float = 1000.0
     """Multiplies t in [0, 1]: published discrete-time networks count to 1000."""
     max_period: float = 10_000.0
@@ -62,15 +86,18 @@ class Sinusoids(nn.Module):
 
 
 class Fourier(nn.Module):
-    """Cosines and sines at frequencies that rise geometrically, of norm 1    (2) (the course's notes of 2026).
+    """Cosines and sines of the time, (B,) -> (B, features), at frequencies that rise geometrically, of norm 1.
 
-    w_i = lowest (highest / lowest)^((i - 1) / (features / 2 - 1)),  i = 1 ... features / 2, in periods over [0, 1]
+    sqrt(2 / features) [cos(2 pi t w_i), sin(2 pi t w_i)]        (2) (the course's notes of 2026)
+    w_i = lowest (highest / lowest)^((i - 1) / (features / 2 - 1)),  1 <= i <= features / 2
     """
 
     features: int = 256
+    """How many cosines and sines there are, an even number."""
     lowest: float = 0.25
-    """A quarter of a wave over [0, 1], so that no two times look alike."""
+    """The lowest frequency, in periods over [0, 1]: a quarter of a wave, so that no two times look alike."""
     highest: float = 256.0
+    """The highest frequency, likewise."""
 
     @nn.compact
     def __call__(self, t):
@@ -80,9 +107,13 @@ class Fourier(nn.Module):
 
 
 class LearnableFourier(nn.Module):
-    """Cosines and sines at learnt frequencies, normal at the start, of norm 1    (3) (the course's third lab)."""
+    """Cosines and sines of the time, (B,) -> (B, features), at learnt frequencies, normal at the start, of norm 1.
+
+    sqrt(2 / features) [cos(2 pi t w_i), sin(2 pi t w_i)],  w_i ~ N(0, spread^2)        (3) (the course's third lab)
+    """
 
     features: int = 256
+    """How many cosines and sines there are, an even number."""
     spread: float = 1.0
     """The standard deviation of the first frequencies, in periods over [0, 1]."""
 
@@ -99,12 +130,16 @@ def _require_even(width):
 
 
 class TimeEmbedding(nn.Module):
-    """An embedding of the time through a two-layer network    (Peebles and Xie 2023, arXiv:2212.09748)."""
+    """An embedding of the time through a two-layer network, (B,) -> (B, features)    (Peebles and Xie 2023, arXiv:2212.09748)."""
 
     features: int
+    """Of both layers."""
     frequency_embedding: nn.Module = Sinusoids()
+    """What the time is embedded by first: `Sinusoids`, `Fourier` or `LearnableFourier`."""
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    """Initialiser of both layers' weights."""
     dtype: jnp.dtype = jnp.float32
+    """Precision of the computation; parameters are float32."""
 
     @nn.compact
     def __call__(self, t):
@@ -120,6 +155,7 @@ class LogVariance(nn.Module):
     """
 
     frequency_embedding: nn.Module = Fourier(128)
+    """What the time is embedded by: `Sinusoids`, `Fourier` or `LearnableFourier`."""
 
     @nn.compact
     def __call__(self, t):
@@ -127,13 +163,15 @@ class LogVariance(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """A table with one vector per class and one more, the last, for no class.
+    """A table of vectors, (B,) -> (B, features): one per class and one more, the last, for no class.
 
     A label outside [0, num_classes] is an error where its value is known, and gives nan inside a compiled function.
     """
 
     num_classes: int
+    """How many classes there are; the label of that number is no class."""
     features: int
+    """Of each vector."""
 
     @nn.compact
     def __call__(self, y):
@@ -192,8 +230,10 @@ def by(sides) -> str:
 
 
 class Dense(nn.Dense):
-    """Flax's dense layer on rows: the same program on a GPU, and half the time of its gradient on a CPU, where XLA is slow at a product
-    that sums over two axes."""
+    """Flax's dense layer on rows, with all its fields.
+
+    It is the same program on a GPU, and half the time of its gradient on a CPU, where XLA is slow at a product that sums over two axes.
+    """
 
     def __call__(self, inputs):
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
@@ -204,10 +244,13 @@ class CrossAttention(nn.Module):
     """Multi-head attention of h, (B, N, features), to tokens, (B, L, ...), that a mask counts, (B, L); it gives zero at the start."""
 
     num_heads: int
+    """How many heads there are, a divisor of the features."""
     norm: Callable | None = None
-    """Of queries and keys."""
+    """Makes the normalisations of queries and keys, such as `RMSNorm`; None for none."""
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    """Initialiser of the weights, but of the last layer's, which are zero."""
     dtype: jnp.dtype = jnp.float32
+    """Precision of the computation; parameters are float32."""
 
     @nn.compact
     def __call__(self, h, tokens, mask=None):
@@ -226,16 +269,24 @@ class LayerNorm(nn.LayerNorm):
     """Flax's layer normalisation in float32, without parameters    (Ba et al. 2016, arXiv:1607.06450)."""
 
     epsilon: float = 1e-6
+    """Added to the variance."""
     use_bias: bool = False
+    """Whether there is a learnt shift."""
     use_scale: bool = False
+    """Whether there is a learnt scale."""
     # The fast one is a difference of squares, which loses all digits where the mean is large.
     use_fast_variance: bool = False
+    """Whether the variance is a difference of squares."""
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square, and a learnt scale, in float32    (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """Division by the root mean square, and a learnt scale, in float32.
+
+    g x / sqrt(m + epsilon),  m = sum_i x_i^2 / d    (Zhang and Sennrich 2019, arXiv:1910.07467)
+    """
 
     epsilon: float = 1e-6
+    """Added to the mean square."""
 
     @nn.compact
     def __call__(self, h):
@@ -249,7 +300,9 @@ class GroupNorm(nn.Module):
     """Normalisation of groups of channels, with a learnt scale and shift, in float32    (Wu and He 2018, arXiv:1803.08494)."""
 
     groups: int = 32
+    """How many groups there are, a divisor of the channels."""
     epsilon: float = 1e-5
+    """Added to the variance."""
 
     @nn.compact
     def __call__(self, h):
@@ -323,11 +376,12 @@ def rotary_angles(*shape, before=0) -> np.ndarray:
 def rotate(h, angles) -> chex.ArrayDevice:
     """Turns neighbouring pairs of features by angles, in float32: products of two results depend on differences of places alone.
 
-    (h_2i, h_2i+1) <- (cos a_i h_2i - sin a_i h_2i+1, sin a_i h_2i + cos a_i h_2i+1)    (Su et al. 2021, arXiv:2104.09864, (34))
+    h_{2i} <- cos(a_i) h_{2i} - sin(a_i) h_{2i+1},  h_{2i+1} <- sin(a_i) h_{2i} + cos(a_i) h_{2i+1}
+    (Su et al. 2021, arXiv:2104.09864, eq. 34)
 
     Args:
       h: queries or keys, (B, tokens, heads, features).
-      angles: (tokens, features / 2).
+      angles: a, (tokens, features / 2), as `rotary_angles` gives them.
     Returns:
       Like h.
     """

@@ -7,20 +7,36 @@ from flax import linen as nn
 
 from fmjax.models import conditions, layers
 
+__all__ = ["MLP", "plain", "Residual"]
+
 
 def plain(features, activation) -> Callable:
-    """The layer activation(Dense(h)), of h alone: the input has in it what the condition is."""
+    """The layer of h alone: the input has in it what the condition is.
+
+    activation(W h + b)
+
+    Args:
+      features: of the output.
+      activation: a function of an array.
+    Returns:
+      A function of h, (B, n), and of the embedding e, which it leaves out, to (B, features).
+    """
     return lambda h, e: activation(nn.Dense(features)(h))
 
 
 class Residual(nn.Module):
-    """The layer h + Dense(activation(Dense(N(h)) + Dense(e))), N a layer normalisation and e the embedding of the time and the condition.
+    """The layer that adds to h, by the embedding e of the time and the condition.
 
-    Its last layer starts at zero, so that it starts as the identity, or where h is of another width as a dense layer.
+    h + W_3 activation(W_1 N(h) + W_2 e)
+
+    with N a layer normalisation. Its last layer starts at zero, so that it starts as the identity, or where h is of another width as a
+    dense layer.
     """
 
     features: int
+    """Of the output."""
     activation: Callable = nn.silu
+    """A function of an array."""
 
     @nn.compact
     def __call__(self, h, e):
@@ -38,9 +54,13 @@ class MLP(nn.Module):
     """
 
     hidden_size: int = 64
+    """Features of each layer."""
     depth: int = 4
+    """How many layers there are, besides the last."""
     activation: Callable = nn.silu
+    """A function of an array."""
     num_classes: int | None = None
+    """How many classes there are, where y is labels; the label of that number is no class. None for no labels."""
     condition: nn.Module | None = None
     """What y is, in place of `num_classes`: a module of `conditions` that gives a vector."""
     time_embedding: nn.Module | None = None

@@ -6,11 +6,12 @@ Going down, an image, a signal or a volume is halved level by level and its chan
 also sees what was there going down. A residual block adds the embedding e of the time and the label between its convolutions, or
 scales and shifts by it:
 
-    r(h, e) = Skip(h) + Conv(silu(N(Conv(silu(N(h))) + Dense(silu(e))))),   N = GroupNorm in float32
+    r(h, e) = S(h) + C_2 silu(N(C_1 silu(N(h)) + W silu(e)))
 
-The layers, their paddings, their order of channels and their constants are those of the published PyTorch networks, so that
-their weights fit. The defaults are torchcfm's network for CIFAR-10, but for the scale of its time; the course's third lab is
-`LabUNet`; ADM's for ImageNet at 256 pixels, which counts its time to 1000, is
+with C convolutions, N `layers.GroupNorm`, W a dense layer and S the identity, or a dense layer where the channels change. The
+layers, their paddings, their order of channels and their constants are those of the published PyTorch networks, so that their
+weights fit. The defaults are torchcfm's network for CIFAR-10, but for the scale of its time; the course's third lab is `LabUNet`;
+ADM's for ImageNet at 256 pixels, which counts its time to 1000, is
 
     UNet(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(8, 16, 32), scale_shift_norm=True,
          resblock_updown=True, learn_sigma=True, dropout=0.0)
@@ -25,6 +26,8 @@ from flax import linen as nn
 from jax import lax
 
 from fmjax.models import conditions, layers
+
+__all__ = ["UNet", "LabUNet"]
 
 # PyTorch's first weights: uniform with variance 1 / (3 fan_in).
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -151,9 +154,11 @@ class UNet(nn.Module):
     num_heads: int | None = None
     """Heads of the attention, in place of `head_dim`."""
     num_classes: int | None = None
+    """How many classes there are, where y is labels; the label of that number is no class. None for no labels."""
     condition: nn.Module | None = None
     """What y is, in place of `num_classes`: a module of `conditions`. Tokens are seen wherever there is attention."""
     dropout: float = 0.1
+    """The share of a block's features that are dropped in training."""
     scale_shift_norm: bool = False
     """Whether the embedding scales and shifts what the second normalisation gives, rather than to be added before it."""
     resblock_updown: bool = False

@@ -32,7 +32,7 @@ def sample_ode_adaptive(
 ) -> AdaptiveSolution:
     """Follows a field in steps whose error a pair of Runge-Kutta methods estimates.
 
-    dX = u_t(X) dt        (1) of `fmjax.sampling` (Dormand and Prince 1980; Tsitouras 2011)
+    dX = u_t(X) dt    (Dormand and Prince 1980; Tsitouras 2011)
 
     Args:
       field: (x, t) -> like x; t is a scalar here.

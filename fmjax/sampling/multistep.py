@@ -38,10 +38,12 @@ from fmjax.sampling.steps import Multistep, rk4
 
 
 def adams_bashforth(order) -> Multistep:
-    """Adams and Bashforth's multistep method    (1883): (1) with y = u_t, along the path's own time.
+    """Adams and Bashforth's multistep method (1883), along the path's own time.
 
-    The first steps have fewer values to go by, so each is corrected once the next value is known, at no evaluation more; where the
-    order is above 3 the first is `sampling.rk4`'s.
+    X_{t+h} = X_t + int_t^{t+h} P(r) dr
+
+    with P the polynomial through the last values of u_t(X_t). The first steps have fewer values to go by, so each is corrected once the
+    next value is known, at no evaluation more; where the order is above 3 the first is `sampling.rk4`'s.
 
     Args:
       order: how many values are used, at least 1; the order of the error.
@@ -55,45 +57,60 @@ def adams_bashforth(order) -> Multistep:
 
 
 def dpm_solver_pp(path, order, *, variable=squared_noise) -> Multistep:
-    """DPM-Solver++ 2M and 3M: (1) with y = D    (Lu et al. 2022, arXiv:2211.01095, section 4; exact integral, k = (1 - c)^2).
+    """DPM-Solver++ 2M and 3M: the expected data D held to a polynomial through their last values, and the rest integrated exactly.
+
+    z_s = z + (s - c) (D - E) + sum_j w_j (D_j - D)    (Lu et al. 2022, arXiv:2211.01095, section 4, with the integral exact)
+
+    from c to s, in z = x / (alpha + beta) and the time c = alpha / (alpha + beta); the weights are (1) of `fmjax.sampling.multistep`.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       order: how many values are used; 2 is 2M, 3 is 3M. Above 3 the first step's error stays of order 3.
-      variable: k, what the polynomial is in; `sampling.log_snr` is the paper's.
+      variable: k, what the polynomial is in: (1 - c)^2 by default; `sampling.log_snr` is the paper's.
     Returns:
       A `sampling.Multistep` for `sampling.sample_ode` along a velocity: one evaluation per step.
     Raises:
+      TypeError: if `path` is no path, or the variable is no function.
       ValueError: if the order is not positive; while sampling, if there are fewer steps.
     """
     return _multistep(path, _DATA, order, variable=variable)
 
 
 def unipc(path, order, *, variable=squared_noise) -> Multistep:
-    """UniPC: `dpm_solver_pp` whose every step is corrected by the next value    (Zhao et al. 2023, arXiv:2302.04867; exact integral).
+    """UniPC: `dpm_solver_pp` whose every step is corrected by the next value.
+
+    z_s = z + (s - c) (D - E) + sum_j w_j (D_j - D)    (Zhao et al. 2023, arXiv:2302.04867, with the integral exact)
+
+    with D_s, which the next step evaluates, among the values of the correction.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       order: of the predictor; the corrector's is one higher. Above 2 the first step's error stays of order 3.
-      variable: k, what the polynomial is in; `sampling.log_snr` is the paper's.
+      variable: k, what the polynomial is in, as for `dpm_solver_pp`.
     Returns:
       A `sampling.Multistep` for `sampling.sample_ode` along a velocity: one evaluation per step.
     Raises:
+      TypeError: if `path` is no path, or the variable is no function.
       ValueError: if the order is not positive; while sampling, if there are fewer steps.
     """
     return _multistep(path, _DATA, order, corrector=True, variable=variable)
 
 
 def deis(path, order, *, variable=squared_data) -> Multistep:
-    """DEIS: (1) with y = E    (Zhang and Chen 2023, arXiv:2204.13902, section 3.2; k = c^2, where theirs is t).
+    """DEIS: the expected noise E held to a polynomial through its last values, and the rest integrated exactly.
+
+    z_s = z + (s - c) (D - E) + sum_j w_j (E_j - E)    (Zhang and Chen 2023, arXiv:2204.13902, section 3.2)
+
+    from c to s, in z = x / (alpha + beta) and the time c = alpha / (alpha + beta); the weights are (1) of `fmjax.sampling.multistep`.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
       order: how many values are used; the paper's r plus 1. Above 3 the first step's error stays of order 3.
-      variable: k, what the polynomial is in.
+      variable: k, what the polynomial is in: c^2 by default, where the paper's is t.
     Returns:
       A `sampling.Multistep` for `sampling.sample_ode` along a velocity: one evaluation per step.
     Raises:
+      TypeError: if `path` is no path, or the variable is no function.
       ValueError: if the order is not positive; while sampling, if there are fewer steps.
     """
     return _multistep(path, _NOISE, order, variable=variable)

@@ -70,7 +70,16 @@ def squared_data(position, origin) -> chex.ArrayDevice:
 
 
 def log_snr(position, origin) -> chex.ArrayDevice:
-    """k = log(alpha / beta), half the log signal-to-noise ratio: the papers' choice for DPM-Solver++ and UniPC; infinite at both ends."""
+    """Half the log signal-to-noise ratio, as what the polynomial of a multistep method is in; infinite at noise and at data.
+
+    k = log(alpha / beta)    (Lu et al. 2022, arXiv:2211.01095; Zhao et al. 2023, arXiv:2302.04867)
+
+    Args:
+      position: where a path is: its c = alpha / (alpha + beta), `data`, and 1 - c, `noise`.
+      origin: another position.
+    Returns:
+      k at the position less k at the origin.
+    """
     return jnp.log(position.data / origin.data) - jnp.log(position.noise / origin.noise)
 
 
@@ -169,14 +178,18 @@ def push(value, values, length) -> Any:
 
 
 def ddim(path) -> PathStep:
-    """DDIM: data and noise held over a step; on the linear path it is Euler's    (Song, Meng and Ermon 2021, arXiv:2010.02502, eq. 12).
+    """DDIM: data and noise held over a step; on the linear path it is Euler's.
 
-    x_s = alpha_s D + beta_s E
+    x_s = alpha_s D + beta_s E    (Song, Meng and Ermon 2021, arXiv:2010.02502, eq. 12)
+
+    with D = E[x_1 | x_t] the expected data and E = E[x_0 | x_t] the expected noise.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
     Returns:
       A step for `sampling.sample_ode` along a velocity: order 1, one evaluation.
+    Raises:
+      TypeError: if `path` is no path.
     """
 
     checks.path(path)
@@ -189,15 +202,21 @@ def ddim(path) -> PathStep:
 
 
 def edm_heun(path) -> PathStep:
-    """EDM's step: Heun's in x / alpha and the noise level beta / alpha    (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
+    """EDM's step: Heun's in x / alpha and the noise level beta / alpha.
 
-    Euler's, which is DDIM, where the noise level ends at 0, as in the paper, and where it starts at infinity: on equal steps from
-    alpha = 0 it is of order 1, for the first noise levels are far apart. It is made for `times.karras`; `path_heun` for equal steps.
+    x_s / alpha_s = x_t / alpha_t + (sigma_s - sigma_t) (E_t + E_s) / 2,  sigma = beta / alpha
+    (Karras et al. 2022, arXiv:2206.00364, algorithm 1)
+
+    with E = E[x_0 | x] the expected noise. Euler's, which is DDIM, where the noise level ends at 0, as in the paper, and where it starts at
+    infinity: on equal steps from noise it is of order 1, for the first noise levels are far apart. It is made for `times.karras`;
+    `path_heun` for equal steps.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`; EDM starts where beta / alpha is 80.
     Returns:
       A step for `sampling.sample_ode` along a velocity: order 2, two evaluations, one in a step at either end of the path.
+    Raises:
+      TypeError: if `path` is no path.
     """
     noise = functools.partial(targets.convert, path, source=targets.velocity, target=targets.noise)
 
@@ -220,14 +239,18 @@ def edm_heun(path) -> PathStep:
 
 
 def path_heun(path) -> PathStep:
-    """Heun's step of (1): `sampling.heun` on the linear path, on others with nothing evaluated at data.
+    """Heun's step in a time that all paths share: `sampling.heun` on the linear path, on others with nothing evaluated at data.
 
-    z_s = z + (s - c) (y + y_s) / 2,  y = D - E;  DDIM's where it ends at beta = 0
+    z_s = z_t + (c_s - c_t) (y_t + y_s) / 2,  z = x / (alpha + beta),  c = alpha / (alpha + beta),  y = E[x_1 | x] - E[x_0 | x]
+
+    and DDIM's where it ends at beta = 0.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
     Returns:
       A step for `sampling.sample_ode` along a velocity: order 2, two evaluations, one in a step that ends at beta = 0.
+    Raises:
+      TypeError: if `path` is no path.
     """
 
     checks.path(path)

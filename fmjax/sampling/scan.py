@@ -77,7 +77,7 @@ def _alone(saved):
 def sample_ode(
     field, x_0, times, *, step: Callable[..., Any] | Multistep = heun, last=None, save=None, save_every=1
 ) -> tuple[chex.ArrayDevice, Any]:
-    """Follows a field along a grid: the flow (1) from noise to data.
+    """Follows a field along a grid: the flow, (1) of `fmjax.sampling`, from noise to data.
 
     X_{i+1} = step(field, X_i, t_i, t_{i+1} - t_i)    (MIT 6.S184, "Sampling from a Flow Model", which stops a step short)
 
@@ -130,7 +130,7 @@ def sample_ode(
 def sample_sde(
     drift, sigma, key, x_0, times, *, step: Callable[..., Any] | Multistep = euler_maruyama, last=None, save=None, save_every=1
 ) -> tuple[chex.ArrayDevice, Any]:
-    """Follows a stochastic differential equation (2) without a path along a grid: Brownian motion, Ornstein-Uhlenbeck, Langevin.
+    """Follows an SDE without a path, (2) of `fmjax.sampling`, along a grid: Brownian motion, Ornstein-Uhlenbeck, Langevin.
 
     X_{i+1} = step(drift, sigma, key_i, X_i, t_i, t_{i+1} - t_i)    (MIT 6.S184, "Sampling from a Diffusion Model")
 
@@ -198,13 +198,16 @@ def _initial(step):
 def reverse(field, times) -> tuple[Field, chex.ArrayDevice]:
     """The field and the grid from data back to noise, for `sample_ode`.
 
-    X_t follows u_t(x) forwards in t where X_s, s = t_0 + t_n - t, follows -u_t(x) forwards in s.
+    dX_s = -u_t(X_s) ds,  t = t_0 + t_n - s
 
     Args:
       field: (x, t) -> like x.
       times: an increasing grid, (n + 1,).
     Returns:
       A field and an increasing grid from t_0 to t_n, whose steps are those of `times` in the other order.
+    Raises:
+      TypeError: if the field is no function.
+      ValueError: if the grid does not increase.
     """
     # Numbers that are known stay so inside `jax.jit`, for the checks of samplers.
     times = times if isinstance(times, Tracer) else np.asarray(checks.grid(times, jnp.result_type(float)))

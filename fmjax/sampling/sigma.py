@@ -27,13 +27,18 @@ def _check_scale(scale):
 
 
 def sigma_sbdm(path, scale=1.0) -> Callable[[chex.Numeric], chex.ArrayDevice]:
-    """(1), the reverse of the SDE that turns data to noise along the path; `scale` 1 with `sampling.ancestral` is DDPM.
+    """The sigma of the reverse of the SDE that turns data to noise along the path; `scale` 1 with `sampling.ancestral` is DDPM.
+
+    sigma_t^2 = 2 scale b_t,  b_t = beta_t^2 alpha'_t / alpha_t - beta_t beta'_t    (Ma et al. 2024, arXiv:2401.08740, section 3.4)
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.
-      scale: the ratio of sigma_t^2 to 2 b_t.
+      scale: how much noise there is, at least 0.
     Returns:
       sigma, a function of t; infinite where alpha_t = 0, so drifts with it need a grid that starts later.
+    Raises:
+      TypeError: if `path` is no path.
+      ValueError: if the scale is negative.
     """
     checks.path(path)
     _check_scale(scale)
@@ -41,26 +46,70 @@ def sigma_sbdm(path, scale=1.0) -> Callable[[chex.Numeric], chex.ArrayDevice]:
 
 
 def sigma_beta(path, scale=1.0) -> Callable[[chex.Numeric], chex.ArrayDevice]:
-    """(2), in proportion to the noise that is left."""
+    """A sigma in proportion to the noise that is left, finite from noise to data and 0 at data: a good default.
+
+    sigma_t = scale beta_t    (Ma et al. 2024, arXiv:2401.08740, section 3.4)
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      scale: how much noise there is, at least 0.
+    Returns:
+      sigma, a function of t.
+    Raises:
+      TypeError: if `path` is no path.
+      ValueError: if the scale is negative.
+    """
     checks.path(path)
     _check_scale(scale)
     return lambda t: scale * path.beta(t)
 
 
 def sigma_sqrt_beta(path, scale=1.0) -> Callable[[chex.Numeric], chex.ArrayDevice]:
-    """(3), its square in proportion to the noise that is left."""
+    """A sigma whose square is in proportion to the noise that is left: "sigma" of SiT, and "linear" on the linear path.
+
+    sigma_t^2 = scale beta_t    (Ma et al. 2024, arXiv:2401.08740, section 3.4)
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      scale: how much noise there is, at least 0.
+    Returns:
+      sigma, a function of t.
+    Raises:
+      TypeError: if `path` is no path.
+      ValueError: if the scale is negative.
+    """
     checks.path(path)
     _check_scale(scale)
     return lambda t: jnp.sqrt(scale * path.beta(t))
 
 
 def sigma_decreasing(scale=1.0) -> Callable[[chex.Numeric], chex.ArrayDevice]:
-    """(4), falling from noise to data whatever the path."""
+    """A sigma that falls from noise to data, whatever the path.
+
+    sigma_t^2 = scale cos(pi t / 2)^4    (Ma et al. 2024, arXiv:2401.08740, section 3.4)
+
+    Args:
+      scale: how much noise there is, at least 0.
+    Returns:
+      sigma, a function of t.
+    Raises:
+      ValueError: if the scale is negative.
+    """
     _check_scale(scale)
     return lambda t: jnp.sqrt(scale) * jnp.cos(jnp.pi / 2 * t) ** 2
 
 
 def sigma_increasing_decreasing(scale=1.0) -> Callable[[chex.Numeric], chex.ArrayDevice]:
-    """(5), largest in the middle, whatever the path."""
+    """A sigma that is largest in the middle, whatever the path.
+
+    sigma_t^2 = scale sin(pi t)^2    (Ma et al. 2024, arXiv:2401.08740, section 3.4)
+
+    Args:
+      scale: how much noise there is, at least 0.
+    Returns:
+      sigma, a function of t.
+    Raises:
+      ValueError: if the scale is negative.
+    """
     _check_scale(scale)
     return lambda t: jnp.sqrt(scale) * jnp.abs(jnp.sin(jnp.pi * t))

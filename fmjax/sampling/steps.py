@@ -59,32 +59,88 @@ class PathStep:
 
 
 def euler(field, x, t, dt) -> chex.ArrayDevice:
-    """X_{t+h} = X_t + h u_t(X_t): order 1, one evaluation    (MIT 6.S184, "Euler Method")."""
+    """Euler's step: order 1, one evaluation.
+
+    X_{t+h} = X_t + h u_t(X_t)    (MIT 6.S184, "Euler Method")
+
+    Args:
+      field: (x, t) -> like x.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
+    """
     return x + dt * field(x, t)
 
 
 def heun(field, x, t, dt) -> chex.ArrayDevice:
-    """The trapezium rule with an Euler predictor: order 2, two evaluations, the second at t + dt    (Heun 1900)."""
+    """The trapezium rule with an Euler predictor: order 2, two evaluations, the second at t + dt.
+
+    X_{t+h} = X_t + h (k_1 + k_2) / 2,  k_1 = u_t(X_t),  k_2 = u_{t+h}(X_t + h k_1)    (Heun 1900)
+
+    Args:
+      field: (x, t) -> like x.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
+    """
     k_1 = field(x, t)
     k_2 = field(x + dt * k_1, t + dt)
     return x + dt / 2 * (k_1 + k_2)
 
 
 def midpoint(field, x, t, dt) -> chex.ArrayDevice:
-    """An Euler step with the slope at the middle: order 2, two evaluations, none at t + dt    (Runge 1895)."""
+    """An Euler step with the slope at the middle: order 2, two evaluations, none at t + dt.
+
+    X_{t+h} = X_t + h u_{t+h/2}(X_t + h/2 u_t(X_t))    (Runge 1895)
+
+    Args:
+      field: (x, t) -> like x.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
+    """
     k_1 = field(x, t)
     return x + dt * field(x + dt / 2 * k_1, t + dt / 2)
 
 
 def ralston(field, x, t, dt) -> chex.ArrayDevice:
-    """The step of order 2 with the least bound on its error: two evaluations, none at t + dt    (Ralston 1962)."""
+    """The step of order 2 with the least bound on its error: two evaluations, none at t + dt.
+
+    X_{t+h} = X_t + h (k_1 + 3 k_2) / 4,  k_1 = u_t(X_t),  k_2 = u_{t+2h/3}(X_t + 2/3 h k_1)    (Ralston 1962)
+
+    Args:
+      field: (x, t) -> like x.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
+    """
     k_1 = field(x, t)
     k_2 = field(x + 2 * dt / 3 * k_1, t + 2 * dt / 3)
     return x + dt / 4 * (k_1 + 3 * k_2)
 
 
 def rk4(field, x, t, dt) -> chex.ArrayDevice:
-    """The classical Runge-Kutta step: order 4, four evaluations    (Kutta 1901)."""
+    """The classical Runge-Kutta step: order 4, four evaluations, the last at t + dt.
+
+    X_{t+h} = X_t + h (k_1 + 2 k_2 + 2 k_3 + k_4) / 6,  k_1 = u_t(X_t),  k_4 = u_{t+h}(X_t + h k_3)    (Kutta 1901)
+    k_2 = u_{t+h/2}(X_t + h/2 k_1),  k_3 = u_{t+h/2}(X_t + h/2 k_2)
+
+    Args:
+      field: (x, t) -> like x.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
+    """
     k_1 = field(x, t)
     k_2 = field(x + dt / 2 * k_1, t + dt / 2)
     k_3 = field(x + dt / 2 * k_2, t + dt / 2)
@@ -93,17 +149,40 @@ def rk4(field, x, t, dt) -> chex.ArrayDevice:
 
 
 def euler_maruyama(drift, sigma, key, x, t, dt) -> chex.ArrayDevice:
-    """X_{t+h} = X_t + h u_t(X_t) + sqrt(h) sigma_t epsilon: one evaluation    (MIT 6.S184, "Euler-Maruyama method").
+    """Euler and Maruyama's step: weak order 1, one evaluation; strong order 1 too, since sigma_t does not depend on X.
 
-    Weak order 1; strong order 1 too, since sigma_t does not depend on X.
+    X_{t+h} = X_t + h u_t(X_t) + sqrt(h) sigma_t epsilon    (MIT 6.S184, "Euler-Maruyama method")
+
+    Args:
+      drift: (x, t) -> like x.
+      sigma: the diffusion coefficient, a function of t.
+      key: a typed key, or one per example, (B,).
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
     """
     return x + dt * drift(x, t) + jnp.sqrt(dt) * sigma(t) * noise(key, x.shape, x.dtype)
 
 
 def stochastic_heun(drift, sigma, key, x, t, dt) -> chex.ArrayDevice:
-    """The trapezium rule for drift and noise alike, with an Euler-Maruyama predictor    (Kloeden and Platen 1992, section 15.1).
+    """The trapezium rule for drift and noise alike, with an Euler-Maruyama predictor: weak order 2, two evaluations.
 
-    Weak order 2, two evaluations, the second at t + dt: on a path the drift must be finite there, so let `last` be another.
+    X_{t+h} = X_t + h (k_1 + k_2) / 2 + (sigma_t + sigma_{t+h}) / 2 w,  w = sqrt(h) epsilon
+    k_1 = u_t(X_t),  k_2 = u_{t+h}(X_t + h k_1 + sigma_t w)    (Kloeden and Platen 1992, section 15.1)
+
+    The second evaluation is at t + dt: on a path the drift must be finite there, so let `last` be another.
+
+    Args:
+      drift: (x, t) -> like x.
+      sigma: the diffusion coefficient, a function of t.
+      key: a typed key, or one per example, (B,).
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
     """
     xi = jnp.sqrt(dt) * noise(key, x.shape, x.dtype)
     k_1 = drift(x, t)
@@ -112,7 +191,20 @@ def stochastic_heun(drift, sigma, key, x, t, dt) -> chex.ArrayDevice:
 
 
 def euler_maruyama_noiseless(drift, sigma, key, x, t, dt) -> chex.ArrayDevice:
-    """Euler and Maruyama's step without its noise, as a last step    ("Mean" of SiT, Ma et al. 2024, arXiv:2401.08740)."""
+    """Euler and Maruyama's step without its noise, as a last step.
+
+    X_{t+h} = X_t + h u_t(X_t)    ("Mean" of SiT, Ma et al. 2024, arXiv:2401.08740)
+
+    Args:
+      drift: (x, t) -> like x.
+      sigma: the diffusion coefficient, not used.
+      key: a typed key, not used.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: h, how long the step is, ().
+    Returns:
+      The state at t + h, like x.
+    """
     return x + dt * drift(x, t)
 
 
@@ -129,7 +221,7 @@ def noise(key, shape, dtype=jnp.float32) -> chex.ArrayDevice:
     Returns:
       Noise of that shape.
     Raises:
-      TypeError: if the key is not typed.
+      TypeError: if the key is not typed, or the shape is not that of a batch.
       ValueError: if there is neither one key nor one per example.
     """
     if not isinstance(shape, tuple | list) or not shape:

@@ -69,7 +69,9 @@ from fmjax.sampling.steps import DiffusionStep, Multistep, PathStep, noise
 def sde_extension(velocity_field, score_field, sigma) -> Field:
     """The SDE extension trick from a velocity and a score: a drift for `sample_sde` with the velocity's marginals.
 
-    u_t(x) + sigma_t^2 / 2 grad log p_t(x)        (3) (MIT 6.S184, "SDE extension trick")
+    u_t(x) + sigma_t^2 / 2 grad log p_t(x)    (MIT 6.S184, "SDE extension trick")
+
+    which is that of (3) of `fmjax.sampling`.
 
     Args:
       velocity_field: (x, t) -> u_t(x), like x.
@@ -77,6 +79,8 @@ def sde_extension(velocity_field, score_field, sigma) -> Field:
       sigma: the diffusion coefficient, a number or a function of t; at least 0.
     Returns:
       A field, (x, t) -> like x.
+    Raises:
+      TypeError: if a field is no function, or sigma neither a number nor a function.
     """
     checks.function("velocity_field", velocity_field, checks.FIELD)
     checks.function("score_field", score_field, checks.FIELD)
@@ -95,9 +99,9 @@ def sde_drift(path, velocity_field, sigma) -> Field:
     """The SDE extension trick from a velocity alone: on a path, the score follows from it.
 
     u_t(x) + sigma_t^2 / 2 (alpha_t u_t(x) - alpha'_t x) / (beta_t (beta_t alpha'_t - alpha_t beta'_t))
-    (3) (MIT 6.S184, "Denoising Diffusion Models", whose s_t(x) prints alpha_t for alpha'_t in the denominator)
+    (MIT 6.S184, "Denoising Diffusion Models", whose s_t(x) prints alpha_t for alpha'_t in the denominator)
 
-    From a score alone, or from predicted noise or data, convert first:
+    which is the drift of (3) of `fmjax.sampling`. From a score alone, or from predicted noise or data, convert first:
     `sde_drift(path, targets.convert_field(path, score_field, source=targets.score, target=targets.velocity), sigma)`.
 
     Args:
@@ -109,6 +113,8 @@ def sde_drift(path, velocity_field, sigma) -> Field:
         velocity is one of about (1 + sigma_t^2 / (2 beta_t)) e near data on the linear path, and more where the velocity comes to rest
         there, so that a sigma which does not fall with beta asks for `sample_diffusion(..., times.uniform_grid(100))`, whose
         `ancestral` does not follow this drift.
+    Raises:
+      TypeError: if `path` is no path, the field is no function, or sigma is neither a number nor a function.
     """
 
     checks.path(path)
@@ -127,13 +133,17 @@ def sde_drift(path, velocity_field, sigma) -> Field:
 def langevin(score_field, sigma) -> Field:
     """The drift of Langevin dynamics, under which the distribution with that score stays as it is.
 
-    sigma_t^2 / 2 grad log p(x)        (4) (MIT 6.S184, "Langevin dynamics")
+    sigma_t^2 / 2 grad log p(x)    (MIT 6.S184, "Langevin dynamics")
+
+    which is that of (4) of `fmjax.sampling`.
 
     Args:
       score_field: (x, t) -> grad log p(x), like x.
       sigma: the diffusion coefficient, a number or a function of t; at least 0.
     Returns:
       A field, (x, t) -> like x, for `sample_sde` with the same sigma.
+    Raises:
+      TypeError: if the field is no function, or sigma neither a number nor a function.
     """
     return sde_extension(lambda x, t: jax.tree.map(jnp.zeros_like, x), score_field, sigma)
 
@@ -174,12 +184,27 @@ def _renewed(z, slope, here, there, log_kept, excess, epsilon):
 
 @DiffusionStep
 def ancestral(path, velocity, sigma, key, x, t, dt) -> chex.ArrayDevice:
-    """Data held over a step, noise renewed as sigma says: (5) and (6).
+    """Data held over a step, noise renewed as sigma says: a step for `sample_diffusion`, one evaluation, weak order 1 for every sigma.
 
-    DDPM's posterior (Ho et al. 2020, arXiv:2006.11239, eq. 7) where sigma is `sampling.sigma_sbdm`.
+    x_s = alpha_s D + beta_s (sqrt(1 - k^2) epsilon + k E),  k = exp(-tau / 2),  tau = int_t^s sigma^2 / beta^2
 
-    One evaluation, weak order 1 for every sigma, finite at noise and data; it multiplies no error of a network. Derivatives in the
-    times of the grid hold for its inner ones; in an end at noise or data they leave out how much noise is kept.
+    with D = E[x_1 | x_t] and E = E[x_0 | x_t], as long as k is at least the share of the noise level that is left; more noise is renewed by
+    Langevin dynamics at s, (6) of `fmjax.sampling.stochastic`. It is DDPM's posterior where sigma is `sampling.sigma_sbdm`
+    (Ho et al. 2020, arXiv:2006.11239, eq. 7).
+
+    It is finite at noise and data, and multiplies no error of a network. Derivatives in the times of the grid hold for its inner ones; in
+    an end at noise or data they leave out how much noise is kept.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      velocity: (x, t) -> u_t(x), like x.
+      sigma: the diffusion coefficient, a function of t.
+      key: a typed key, or one per example, (B,).
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: how long the step is, ().
+    Returns:
+      The state at t + dt, like x.
     """
     z, slope = enter(path, velocity, x, t)
     here, there, log_kept, excess, _ = _renewal(path, sigma, t, dt)
@@ -195,14 +220,29 @@ def _begin(path, x, times):
 
 @functools.partial(DiffusionStep, init=_begin)
 def sde_dpm_solver_pp(path, velocity, sigma, key, state, x, t, dt) -> tuple[chex.ArrayDevice, Any]:
-    """SDE-DPM-Solver++ 2M: `ancestral` with D a line through its last two values.
+    """SDE-DPM-Solver++ 2M: `ancestral` with D a line through its last two values, a step for `sample_diffusion` of one evaluation.
 
+    z_s = z_a + w (D_j - D),  w = min(1, -2 (log rho) / tau) s int_c^s (1 - rho_r^(1 + kappa)) l'_j(r) dr
+    kappa = min(-tau / (2 log rho), 1)
     (Lu et al. 2022, arXiv:2211.01095, appendix A; the integral exact, the line in (1 - c)^2)
 
-    z_s of (5) + w (D_j - D),  w = min(1, -2 log rho / tau) s int (1 - rho_r^(1 + kappa)) l_j',  kappa = min(tau / (-2 log rho), 1)
+    with z_a where `ancestral` arrives, in the coordinates of `dpm_solver_pp`, and rho the noise level at the end over that at the start.
 
-    One evaluation; of weak order 2 for sigma up to `sampling.sigma_sbdm`, of order 1 beyond, where the last values differ by noise that a
-    line would multiply, so it is taken in the share that (5) has of the noise. There is none of a higher order, for the same reason.
+    It is of weak order 2 for sigma up to `sampling.sigma_sbdm`, of order 1 beyond, where the last values differ by noise that a line would
+    multiply, so it is taken in the share that (5) of `fmjax.sampling.stochastic` has of the noise. There is none of a higher order, for the
+    same reason.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      velocity: (x, t) -> u_t(x), like x.
+      sigma: the diffusion coefficient, a function of t.
+      key: a typed key, or one per example, (B,).
+      state: how many steps there were, and where and what the last value was.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: how long the step is, ().
+    Returns:
+      The state at t + dt, like x, and the step's own.
     """
     index, nodes, values = state
     z, slope = enter(path, velocity, x, t)
@@ -230,7 +270,7 @@ def sde_dpm_solver_pp(path, velocity, sigma, key, state, x, t, dt) -> tuple[chex
 def churn(make_step=path_heun) -> DiffusionStep:
     """EDM's stochastic sampler: noise is added, and a step of the flow goes on from the time that has so much noise.
 
-    x_r = (alpha_r + beta_r) / (alpha_t + beta) (x_t + sigma_t sqrt(h) epsilon),   beta_r / alpha_r = beta / alpha_t,
+    x_r = (alpha_r + beta_r) / (alpha_t + beta) (x_t + sigma_t sqrt(h) epsilon),   beta_r / alpha_r = beta / alpha_t
     beta^2 = beta_t^2 + min(sigma_t^2 h, beta_t^2)
     (Karras et al. 2022, arXiv:2206.00364, algorithm 2, whose gamma is a choice of beta, at most sqrt(2) - 1)
 
@@ -277,11 +317,13 @@ def churn(make_step=path_heun) -> DiffusionStep:
 
 
 def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1) -> DiffusionStep:
-    """A step, and Langevin dynamics at the time where it ends    (Song et al. 2021, arXiv:2011.13456, algorithms 2 and 4).
+    """A step, and Langevin dynamics at the time where it ends.
 
-    x + beta_s ((rho - 1) E + sqrt(1 - rho^2) epsilon),   rho = exp(-rate h), which is (4) of `fmjax.sampling` with
-    sigma^2 = 2 rate beta_s^2 over a time h, D held. The paper's steps have one size r whatever h, so that their bias, of r^2, stays
-    however many there are; here rate h / 2 is r^2, its norms at their expectation, so that no example meets another.
+    x + beta_s (sqrt(1 - rho^2) epsilon + (rho - 1) E),   rho = exp(-rate h)    (Song et al. 2021, arXiv:2011.13456, algorithms 2 and 4)
+
+    which is (4) of `fmjax.sampling` with sigma^2 = 2 rate beta_s^2 over a time h, the expected noise E evaluated once. The paper's steps
+    have one size r whatever h, so that their bias, of r^2, stays however many there are; here rate h / 2 is r^2, its norms at their
+    expectation, so that no example meets another.
 
     Args:
       step: the predictor: `ancestral`, `churn()`, or any other step for `sample_diffusion` without a state.
@@ -322,7 +364,21 @@ def predictor_corrector(step=ancestral, *, rate=1.0, corrections=1) -> Diffusion
 
 @DiffusionStep
 def tweedie(path, velocity, sigma, key, x, t, dt) -> chex.ArrayDevice:
-    """A last step to what the data are expected to be, E[x_1 | x_t], where Tweedie's formula ends    (Efron 2011; SiT's last step)."""
+    """A last step to what the data are expected to be, where Tweedie's formula ends    (Efron 2011; SiT's last step).
+
+    x_s = E[x_1 | x_t]
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      velocity: (x, t) -> u_t(x), like x.
+      sigma: the diffusion coefficient, not used.
+      key: a typed key, not used.
+      x: the state, (B, ...).
+      t: its time, ().
+      dt: not used.
+    Returns:
+      The expected data, like x.
+    """
     return targets.convert(path, velocity(x, t), x, t, source=targets.velocity, target=targets.data)
 
 
@@ -360,7 +416,7 @@ def _warn(path, sigma, times):
 def sample_diffusion(
     path, velocity, sigma, key, x_0, times, *, step: Any = ancestral, last: Any = None, save=None, save_every=1
 ) -> tuple[chex.ArrayDevice, Any]:
-    """Samples a diffusion model: the SDE (3) that has the marginals of a flow, for any sigma_t, along a grid.
+    """Samples a diffusion model: the SDE, (3) of `fmjax.sampling`, that has the marginals of a flow, for any sigma_t, along a grid.
 
     dX = (u_t + sigma_t^2 / 2 grad log p_t)(X) dt + sigma_t dW    (MIT 6.S184, "SDE extension trick")
 

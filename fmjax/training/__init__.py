@@ -1,39 +1,38 @@
 """Training: a state, a step, the loop that takes it, and what is written of it.
 
-    g = grad_theta mean loss(theta),   theta <- theta + optimizer(g)                              (1)
-    ema <- d_n ema + (1 - d_n) theta,  d_n = min(ema_decay, (1 + n) / (10 + n))                   (2)
+    g = grad L(theta),   theta <- theta + U(g)                                                    (1)
+    e <- d_n e + (1 - d_n) theta,  d_n = min(d, (1 + n) / (10 + n))                               (2)
 
-A step is one pure function `(state, key, batch) -> (state, metrics)`: compile it with `jax.jit`, or run it on many devices
-with `fmjax.parallel`. A `Run` is all that a training goes on from; `evaluate` is the mean of a metric over examples that are held out.
+with L the loss of a batch, U the optimiser's update, e the exponential moving average (EMA) after n steps and d its `ema_decay`.
+
+A step is one pure function `(state, key, batch) -> (state, metrics)`: compile it with `jax.jit`, or run it on many devices with
+`fmjax.parallel`. A `Run` is all that a training goes on from; `evaluate` is the mean of a metric over examples that are held out.
 """
 
 from fmjax.training.ema import ema_exponent, post_hoc_ema, power_ema
 from fmjax.training.evaluation import Mean, evaluate, loss_by_time, per_example
 from fmjax.training.logs import json_lines, tensorboard
 from fmjax.training.loop import fit
-from fmjax.training.run import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run, check_position, check_run
-from fmjax.training.state import TrainState, check_state, init, make_step
+from fmjax.training.run import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run
+from fmjax.training.state import TrainState, init, make_step
 
 __all__ = [
-    "PREEMPTED",
-    "Interrupted",
-    "Mean",
-    "NonFiniteLoss",
-    "Preempted",
-    "Run",
-    "TrainState",
-    "check_position",
-    "check_run",
-    "check_state",
-    "ema_exponent",
-    "evaluate",
     "fit",
-    "init",
-    "json_lines",
-    "loss_by_time",
     "make_step",
+    "init",
+    "TrainState",
+    "Run",
+    "evaluate",
     "per_example",
-    "post_hoc_ema",
-    "power_ema",
+    "loss_by_time",
+    "Mean",
+    "json_lines",
     "tensorboard",
+    "power_ema",
+    "post_hoc_ema",
+    "ema_exponent",
+    "NonFiniteLoss",
+    "Interrupted",
+    "Preempted",
+    "PREEMPTED",
 ]

@@ -2,8 +2,8 @@
 
 The power-function average after t steps, and how a step updates it:
 
-    ema_gamma(t) = integral of p_gamma,t(tau) theta(tau) d tau,   p_gamma,t(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)     (1)
-    ema <- d_n ema + (1 - d_n) theta,   d_n = (1 - 1 / (n + 1))^(gamma + 1)                                                  (2)
+    e_t = int_0^t p_t(tau) theta_tau dtau,   p_t(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)      (1)
+    e <- d_n e + (1 - d_n) theta,   d_n = (1 - 1 / (n + 1))^(gamma + 1)                            (2)
 
 Its relative standard deviation, that of tau over t under (1), is sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))    (3).
 
@@ -23,7 +23,9 @@ import numpy as np
 
 
 def ema_exponent(sigma_rel) -> float:
-    """gamma of (3).
+    """The exponent of a power-function average, from its relative standard deviation.
+
+    sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))    (Karras et al. 2024, arXiv:2312.02696, section 3.1)
 
     Args:
       sigma_rel: the relative standard deviation of the average, in (0, 0.28].
@@ -43,12 +45,18 @@ def ema_exponent(sigma_rel) -> float:
 
 
 def power_ema(sigma_rel) -> Callable[[chex.Numeric], chex.ArrayDevice]:
-    """d_n of (2), for `training.make_step`'s `ema_decay`.
+    """The decay of a power-function average, for `training.make_step`'s `ema_decay`.
+
+    d_n = (1 - 1 / (n + 1))^(gamma + 1)    (Karras et al. 2024, arXiv:2312.02696, section 3.1)
+
+    with gamma the `ema_exponent` of `sigma_rel`.
 
     Args:
-      sigma_rel: of (3).
+      sigma_rel: the relative standard deviation of the average, in (0, 0.28].
     Returns:
       A function of the number n of steps taken.
+    Raises:
+      ValueError: if there is no exponent for that sigma_rel.
     """
     gamma = ema_exponent(sigma_rel)
     return lambda n: (1 - 1 / (jnp.asarray(n, jnp.float32) + 1)) ** (gamma + 1)
@@ -57,7 +65,7 @@ def power_ema(sigma_rel) -> Callable[[chex.Numeric], chex.ArrayDevice]:
 def post_hoc_ema(snapshots, sigma_rel, step=None) -> Any:
     """The average of another sigma_rel, or at an earlier step, from those kept    (Karras et al. 2024, arXiv:2312.02696, section 3.2).
 
-    The weights minimise the squared difference between the wanted profile p of (1) and the sum of those kept.
+    The weights minimise the squared difference between the wanted profile, p of (1) of `fmjax.training.ema`, and the sum of those kept.
 
     Args:
       snapshots: triples `(step, sigma_rel, average)`, their averages pytrees of one structure.

@@ -1,6 +1,6 @@
 """Evaluation: what a metric gives for each example of a finite stream, its mean and the error of that, and a loss by its times.
 
-    mean = sum_i m_i / n,   standard error = sqrt(sum_i (m_i - mean)^2 / (n - 1) / n)                          (1)
+    m = sum_i m_i / n,   s = sqrt(sum_i (m_i - m)^2 / (n (n - 1)))        mean and its standard error          (1)
 
     def metric(params, keys, batch):
         x_1, _ = batch
@@ -27,7 +27,7 @@ from fmjax import checks
 
 
 class Mean(NamedTuple):
-    """A mean over examples, of (1)."""
+    """A mean over examples and its standard error, as `evaluate` gives them."""
 
     mean: float
     """nan where any example's number is."""
@@ -38,7 +38,9 @@ class Mean(NamedTuple):
 
 
 def evaluate(metric, state, key, batches, *, sharding=None) -> Any:
-    """The mean of a metric over all examples of a finite stream, and its standard error    (1), in float64 on the host.
+    """The mean of a metric over all examples of a finite stream, and its standard error, in float64 on the host.
+
+    m = sum_i m_i / n,   s = sqrt(sum_i (m_i - m)^2 / (n (n - 1)))
 
     Args:
       metric: (state, keys, batch) -> numbers (B,), one per example, or a dict of such; compiled once, also for further calls with the same
@@ -155,7 +157,7 @@ def _mean(n, mean, squares):
 
 
 def loss_by_time(losses, times, edges) -> tuple[Any, Any, Any]:
-    """The mean of losses in bins of their times, with standard errors    (1).
+    """The mean of losses in bins of their times, with standard errors, as `evaluate` has them.
 
     Args:
       losses: one per example, (N,).

@@ -61,6 +61,8 @@ html_theme_options = {"source_repository": "", "navigation_with_keys": True}
 templates_path = []
 copybutton_exclude = ".linenos, .gp"
 nitpicky = True
+# Its page in JAX's own site has another name.
+nitpick_ignore = [("py:class", "jax.numpy.float32")]
 
 
 def copy_mathjax(app, exception):

@@ -113,7 +113,7 @@ def histogram(axes, x, *, extent=4.0, bins=160, blur=2.0, top=None, cmap="Blues"
       ValueError: if the extent is neither one positive number nor four, in their order, or x is not in the plane.
     """
     x, sides = _plane("x", x).reshape(-1, 2), _sides(extent)
-    counts = np.histogram2d(*x.T, bins=bins, range=[sides[:2], sides[2:]])[0]
+    counts = np.histogram2d(*x.T, bins=bins, range=np.reshape(sides, (2, 2)).tolist())[0]
     cell = (sides[1] - sides[0]) * (sides[3] - sides[2]) / bins**2
     shown = ndimage.gaussian_filter(counts.T / (len(x) * cell), blur)
     axes.imshow(shown, extent=sides, origin="lower", cmap=cmap, vmin=0, vmax=top)
@@ -343,8 +343,10 @@ def animate(draw, frames, *, columns=1, size=3.4, seconds=4.0, limits=None) -> A
       ImportError: if matplotlib or Pillow is not installed (`pip install fmjax[plots]`).
       ValueError: if there are no frames.
     """
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("Animations need Pillow: pip install 'fmjax[plots]'") from error
     frames = list(frames)
     if not frames:
         raise ValueError("frames is empty, but an animation has at least one.")

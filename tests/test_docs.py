@@ -5,13 +5,8 @@ import importlib
 import inspect
 import pkgutil
 import re
-import warnings
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
 import fmjax
@@ -96,50 +91,3 @@ def test_links_lead_to_files(document):
 )
 def test_names_are_found_in_code_alone(text, found):
     assert library_names(text) == found
-
-
-def test_the_programs_of_the_page_on_states_run():
-    """One after the other, as they stand."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "states.md").read_text(), re.DOTALL)
-    assert len(programs) == 3
-    names = {}
-    for program in programs:
-        exec(program, names)
-    means = {name: leaf.mean(0) for name, leaf in names["samples"].items()}
-    assert abs(float(means["pose"][0]) - (0.3 * 2 - 0.7 * 2)) < 0.5
-    assert jnp.isfinite(names["mean"])
-    # A network of zeros errs by the size of the target.
-    assert abs(float(names["loss"]) - 1) < 0.2
-
-
-def test_the_programs_of_the_page_on_solvers_run():
-    """One after the other, as they stand."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "solvers.md").read_text(), re.DOTALL)
-    assert len(programs) == 3
-    names = {}
-    for program in programs:
-        exec(program, names)
-    assert names["x_1"].shape == (500, 2)
-    assert names["grid"].shape == (5,)
-    assert names["error"](names["grid"]) < names["error"](names["times"].uniform_grid(4))
-
-
-def test_the_programs_of_the_page_on_fine_tuning_run(tmp_path, monkeypatch):
-    """One after the other, in a folder of their own."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fine_tune.md").read_text(), re.DOTALL)
-    assert len(programs) == 5
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for program in programs:
-            exec(program, names)
-    # The label table is new; of the optimiser's state everything is carried over.
-    assert [str(each.message).partition(": ")[2] for each in said if "new" in str(each.message)] == ["params.LabelEmbedding_0 is new."]
-    x_1, y, points, tuned, run = (names[name] for name in ("x_1", "y", "points", "tuned", "run"))
-    assert np.median(np.linalg.norm(x_1 - points[y], axis=-1)) < 0.3
-    assert tuned.history[-1]["loss"] < tuned.history[0]["loss"]
-    assert (int(run.state.step), int(optax.tree.get_all_with_path(run.state.opt_state, "count")[-1][1])) == (600, 600)
-    assert len({metrics["step"] for metrics in run.history}) == 6
-    assert names["held_out"].count == names["count"].sum() == 101
-    assert 0 < names["held_out"].mean < 1

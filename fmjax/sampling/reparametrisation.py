@@ -60,7 +60,7 @@ def linear_time(position, origin) -> chex.ArrayDevice:
 
 
 def squared_noise(position, origin) -> chex.ArrayDevice:
-    """k = (1 - c)^2, in which the expected data are smooth and nowhere flat (docs/solvers.md)."""
+    """k = (1 - c)^2, in which the expected data are smooth and nowhere flat (docs/guides/solvers.md)."""
     return elapsed(origin, position) * (origin.noise + position.noise)
 
 

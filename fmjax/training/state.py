@@ -32,7 +32,7 @@ class TrainState:
     """What else the network changes when it is trained, such as BatchNorm's statistics, or None.
 
     No average is taken of them: sample with `ema` and these. Statistics are of the parameters as they are trained, so where an average is
-    far behind, measure them with it anew (docs/nnx.md).
+    far behind, measure them with it anew (docs/guides/network.md).
     """
 
 

@@ -23,7 +23,7 @@ extensions = [
     "reference",
     "verify",
 ]
-exclude_patterns = ["_build", "extensions", "networks.md", "scaling.md", "lessons/2*"]
+exclude_patterns = ["_build", "extensions"]
 
 # Pages are Markdown whose Python runs; each has a kernel of its own and begins from nothing.
 nb_custom_formats = {".md": "pages.read"}

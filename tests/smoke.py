@@ -27,9 +27,9 @@ EXTRAS = {
 
 def main(readme):
     assert Path(fmjax.__file__).is_relative_to(sys.prefix), f"fmjax is imported from {fmjax.__file__}, not from the wheel."
-    (program,) = re.findall(r"```python\n(.*?)```", Path(readme).read_text(), re.DOTALL)
     names = {}
-    exec(program, names)
+    for program in re.findall(r"```python\n(.*?)```", Path(readme).read_text(), re.DOTALL):
+        exec(program, names)
     distance = float(metrics.sliced_wasserstein(jax.random.key(1), names["x_1"], names["data"]))
     assert distance < 0.06, f"The samples are {distance} from the data."
     checkpoints.save("checkpoint", names["state"])

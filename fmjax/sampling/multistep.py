@@ -6,7 +6,8 @@ y_j at c_j, in a variable k(c) in which y is smooth, and integrates the rest exa
     z_s = z + (s - c) (D - E) + sum_j w_j (y_j - y),    w_j = int_c^s (s - r) q(r) l_j'(r) dr       (1)
     q = 1 for D - E, 1 / (1 - r) for D, -1 / r for E
 
-with l_j the polynomials that are 1 at c_j and 0 at c and at the other nodes. docs/guides/solvers.md derives it, and says why k is (1 - c)^2 for D.
+with l_j the polynomials that are 1 at c_j and 0 at c and at the other nodes. docs/guides/solvers.md derives it, and says why k is
+(1 - c)^2 for D.
 """
 
 import functools

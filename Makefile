@@ -28,6 +28,10 @@ demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: $(READY)  ## trains on real digits and draws what it learnt: 2 to 3 minutes on two cores
 	$(RUN) -m experiments.images digits $(ARGS)
 
+# NOTES=folder compares the index of formulas with the course notes, which are not in the repository.
+ifdef NOTES
+test: export FMJAX_NOTES = $(NOTES)
+endif
 test: $(READY)  ## the whole suite; ARGS="-k paths" picks
 	$(RUN) -m pytest --numprocesses auto $(ARGS)
 

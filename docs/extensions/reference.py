@@ -29,12 +29,7 @@ EQUATION = re.compile(r"^(?P<equation>.+?)(?:(?: {4,}| (?=\((?:\d+\)|MIT|[A-Z][^
 
 def public_names(module):
     """What a chapter lists, without modules, which have pages of their own."""
-    listed = [
-        (name, getattr(module, name))
-        for name in getattr(
-            module, "__all__", [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__ and n[0] != "_"]
-        )
-    ]
+    listed = [(name, getattr(module, name)) for name in module.__all__]
     return [(name, value) for name, value in listed if not inspect.ismodule(value)]
 
 
@@ -105,7 +100,10 @@ def under(name, module):
 def summary(value):
     """The first sentence of a docstring, or of a text, without its source."""
     paragraph = ((value if isinstance(value, str) else inspect.getdoc(value)) or "").split("\n\n")[0].replace("\n", " ")
-    return re.split(r" {4,}|(?<=[.:]) (?=[A-Z(])", paragraph)[0].rstrip(":").strip()
+    # A full stop or a colon in code ends nothing.
+    plain = re.sub(r"`[^`]*`", lambda code: "x" * len(code[0]), paragraph)
+    end = re.search(r" {4,}|(?<=[.:]) (?=[A-Z(])", plain)
+    return paragraph[: end.start() if end else None].rstrip(":").strip()
 
 
 def markup(text, module):

@@ -9,8 +9,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
 
 import pages
+import sphinx.builders
 
 import fmjax
+
+# A page may take half a minute: each is read on its own, by whichever process is free.
+sphinx.builders.make_chunks = lambda names, processes: [[name] for name in names]
 
 project, author, release = "fmjax", "the fmjax authors", fmjax.__version__
 copyright = f"2026, {author}"

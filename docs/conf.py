@@ -1,12 +1,17 @@
 """The site: `make docs` builds it into docs/_build/html, one folder that any host serves and that needs no network."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
+# What one page has compiled, the next ones and the next build need not.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(HERE / "_build" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pages
 import sphinx.builders

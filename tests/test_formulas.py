@@ -16,7 +16,7 @@ IN_WORDS = {6, 34, 45, 59, 70, 76, 77}
 
 
 def rows():
-    """number -> (formula, functions, tests, lesson, where)."""
+    """number -> (formula, lesson, functions, tests, where)."""
     found = {}
     for line in PAGE.splitlines():
         if re.match(r"\| [1-9]\d* \|", line):
@@ -43,7 +43,7 @@ def test_every_displayed_formula_has_a_row():
 @pytest.mark.parametrize("number", ROWS)
 def test_every_row_has_a_function_a_test_and_a_lesson(number):
     """That functions and tests exist, test_docs.py holds."""
-    formula, functions, tests, lesson, where = ROWS[number]
+    formula, lesson, functions, tests, where = ROWS[number]
     assert formula
     assert "`" in functions or functions in ("none", "none, as above", "any field")
     assert "::test_" in tests or tests in ("a definition", "a statement", "an existence theorem")
@@ -78,7 +78,7 @@ def test_a_lesson_shows_the_formulas_of_its_rows(chapter):
         "p_\\mathrm{data}": "p_\\mathrm{data}",
     }
     wanted = {
-        sign for number, (formula, *_, lesson, _) in ROWS.items() if lesson.startswith(f"[{chapter}]") for sign in signs if sign in formula
+        sign for number, (formula, lesson, *_) in ROWS.items() if lesson.startswith(f"[{chapter}]") for sign in signs if sign in formula
     }
     missing = sorted(sign for sign in wanted if signs[sign] not in text.replace("\\dot{\\alpha", "\\dot\\alpha"))
     assert not missing, f"{page.name} has not {missing}"

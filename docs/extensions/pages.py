@@ -35,6 +35,7 @@ inline.set_matplotlib_formats("retina")
 matplotlib.rcParams.update({"figure.dpi": 75, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9.5,
     "savefig.bbox": "standard"})
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
 warnings.filterwarnings("ignore", module="IPython|ipykernel|jupyter_client|traitlets|asyncio|zmq")
 """
 

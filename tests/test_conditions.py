@@ -1,8 +1,6 @@
 """Conditions: what is nan is not given, has learnt values in its place, and leaves no nan behind, in any network that takes it."""
 
 import functools
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -275,13 +273,6 @@ def test_guidance_by_each_kind(name):
     np.testing.assert_allclose(guided, 3 * field_y(x, 0.5, y) - 2 * field_y(x, 0.5, none), rtol=1e-4, atol=1e-5)
     dropped = guidance.drop_labels(KEY, y, null, 1.0)
     jax.tree.map(np.testing.assert_array_equal, dropped, none)
-
-
-def test_the_program_of_the_docs():
-    (program,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "networks.md").read_text(), re.DOTALL)
-    names = {}
-    exec(program, names)
-    assert names["velocity"].shape == (2, 16, 3)
 
 
 @pytest.mark.parametrize("layer", [mlp.plain, mlp.Residual], ids=["plain", "residual"])

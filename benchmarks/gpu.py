@@ -47,7 +47,8 @@ VARIANTS = {
 """Of the train step, the most important first; that one has PyTorch beside it."""
 LEFT_OUT = {
     r"test_(faults|parallel|damage)\.py": "starts processes that emulate several devices, or damages files",
-    r"test_(benchmarks|orders|experiments|docs)\.py": "runs programs that the other parts run, or reads documents",
+    r"test_(benchmarks|orders|experiments|program)\.py": "runs programs that the other parts run",
+    r"test_(docs|docstrings|formulas|imports|notes|plots|site)\.py": "reads documents, or draws",
     r"device|sharded|pmap|mesh|memory": "emulates several CPU devices, or counts what a program for a CPU holds",
     r"hugging_face|tfds": "reads data by large packages, on the CPU",
 }

@@ -203,7 +203,7 @@ def _display(run, module):
     rows, prose = [], []
     for written, rest in run:
         number = re.match(r"^(.*?)\s*\((\d+)\)(?:\s+(.*))?$", rest)
-        words, said = (number[1], number[3]) if number else ("", rest)
+        words, said = (number[1].replace("`", ""), number[3]) if number else ("", rest)
         if number and words.startswith("("):
             words, said = "", f"{words} {said or ''}".strip()
         left, sign, right = written.partition(" = ")

@@ -12,6 +12,7 @@ A divergence is a function `(field, x, t) -> (u, div u)`, so write your own wher
 once by the caller, so that a trajectory has one integrand from end to end and a solver keeps its order.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -141,10 +142,11 @@ def hutch_plus_plus(sketch, probes) -> Callable:
         flat = (x.shape[0], -1, math.prod(x.shape[1:]))
         # Held in derivatives, which stay unbiased since (4) holds for any Q: where J has not full rank, Q has none.
         q = lax.stop_gradient(jnp.linalg.qr(times_j(seen.reshape(flat)).swapaxes(1, 2))[0].swapaxes(1, 2))
-        known = jnp.einsum("bmd,bmd->b", q, times_j(q))
+        product = functools.partial(jnp.einsum, precision="highest")
+        known = product("bmd,bmd->b", q, times_j(q))
         rest = each.reshape(flat)
-        rest = rest - jnp.einsum("bkd,bmd,bme->bke", rest, q, q)
-        return u, known[:, None] + jnp.einsum("bkd,bkd->bk", rest, times_j(rest))
+        rest = rest - product("bkd,bmd,bme->bke", rest, q, q)
+        return u, known[:, None] + product("bkd,bkd->bk", rest, times_j(rest))
 
     return divergence
 

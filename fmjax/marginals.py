@@ -218,6 +218,8 @@ def _over_components(alpha, beta, log_weights, means, scales, x, block):
     means, scales = jnp.pad(means, ((0, padding), (0, 0))), jnp.pad(scales, ((0, padding), (0, 0)), constant_values=1)
     blocks = jax.tree.map(lambda a: a.reshape(-1, 1, block, *a.shape[1:]).astype(x.dtype), (log_weights, means, scales))
 
+    product = functools.partial(jnp.einsum, precision="highest")
+
     def merge(carry, components):
         # A softmax over all components, block by block: sums are kept relative to the largest exponent so far.
         largest, total, data, score = carry
@@ -231,8 +233,8 @@ def _over_components(alpha, beta, log_weights, means, scales, x, block):
         weights = jnp.exp(exponents - new_largest[:, None])
         whitened = difference / variance
         total = rescale * total + weights.sum(-1)
-        data = rescale[:, None] * data + jnp.einsum("bk,bkd->bd", weights, means + alpha * scales**2 * whitened)
-        score = rescale[:, None] * score - jnp.einsum("bk,bkd->bd", weights, whitened)
+        data = rescale[:, None] * data + product("bk,bkd->bd", weights, means + alpha * scales**2 * whitened)
+        score = rescale[:, None] * score - product("bk,bkd->bd", weights, whitened)
         return (new_largest, total, data, score), None
 
     start = (jnp.full(x.shape[0], jnp.finfo(x.dtype).min), jnp.zeros(x.shape[0], x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))

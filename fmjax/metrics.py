@@ -133,7 +133,7 @@ def sliced_wasserstein(key, x, y, projections: int | np.integer = 128) -> chex.A
     x, y = _pair(x, y)
     directions = jax.random.normal(key, (x.shape[1], int(projections)), x.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=0, keepdims=True)
-    x, y = jnp.sort(x @ directions, axis=0), jnp.sort(y @ directions, axis=0)
+    x, y = (jnp.sort(jnp.matmul(points, directions, precision="highest"), axis=0) for points in (x, y))
     # Both quantile functions are constant between the levels i / N and j / M: integrate over those intervals.
     n, m = len(x), len(y)
     levels = np.union1d(np.arange(n + 1) * m, np.arange(m + 1) * n)

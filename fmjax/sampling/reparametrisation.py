@@ -163,13 +163,15 @@ def basis_weights(variable, nodes, known, start, end, kernel) -> chex.ArrayDevic
     rates = jnp.concatenate([1 / offsets[:, None], jnp.where(others, 1 / gaps, 0)], -1)
     rest = jnp.where(np.eye(len(known) + 1, dtype=bool)[None, None], 1, factors[:, :, None, :]).prod(-1)
     slopes = moves[:, None] * (rates[None] * rest).sum(-1)
-    return jnp.where(known, jnp.asarray(WEIGHTS, step.dtype) * kernel(between(start, step, shares), shares) @ slopes, 0)
+    areas = jnp.asarray(WEIGHTS, step.dtype) * kernel(between(start, step, shares), shares)
+    return jnp.where(known, jnp.matmul(areas, slopes, precision="highest"), 0)
 
 
 def combine(weights, values) -> chex.ArrayDevice:
     """sum_j w_j values_j; the weights may be of each coordinate, (n, 1, D)."""
     weights = weights.astype(values.dtype)
-    return jnp.tensordot(weights, values, 1) if weights.ndim == 1 else (weights * values).sum(0)
+    # Or a GPU takes ten bits of each number, and a TPU eight.
+    return jnp.tensordot(weights, values, 1, precision="highest") if weights.ndim == 1 else (weights * values).sum(0)
 
 
 def push(value, values, length) -> Any:

@@ -100,13 +100,22 @@ def _update_norm(updates, params, opt_state, variables, old):
         if not jnp.issubdtype(new.dtype, jnp.inexact):
             continue
         # Some begin at infinity, such as the best loss so far.
-        zero = jnp.where(jnp.isfinite(before), jnp.abs(float32(new)) * 0, 0)
+        zero = jnp.where(jnp.isfinite(before), jnp.abs(_as_kept(new)) * 0, 0)
         if new.shape in index:
             i = next(index[new.shape])
             squares[i] = squares[i] + zero
         else:
             squares.append(zero)
     return jnp.sqrt(sum((jnp.sum(square) for square in squares), jnp.zeros(())))
+
+
+def _as_kept(leaf):
+    """The numbers of a leaf as its dtype has them; the compiler may leave out that they are rounded to half precision and back."""
+    wide = float32(leaf)
+    if wide.dtype == leaf.dtype:
+        return wide
+    kept = jnp.finfo(leaf.dtype)
+    return jax.lax.reduce_precision(wide, kept.nexp, kept.nmant)
 
 
 def _ends_early(leaf):

@@ -95,7 +95,9 @@ def setting(name, value, meaning, *, above=False) -> None:
 def function(name, value, wanted) -> None:
     """Raises unless value can be called."""
     if not callable(value):
-        raise TypeError(f"{name} is {value!r}, but it is a function, such as {wanted}.")
+        # A tree of parameters is long.
+        given = repr(value) if value is None or isinstance(value, str | int | float | type) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {given}, but it is a function, such as {wanted}.")
 
 
 FIELD = "lambda x, t: model.apply(params, x, t)"
@@ -137,7 +139,12 @@ def on_path(t) -> chex.Numeric:
     """Raises unless times of a path are in [0, 1], up to rounding, wherever they are known; returns them."""
     _of_floats(t)
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= -_ROUNDING) & (np.asarray(t) <= 1 + _ROUNDING)).all():
-        raise ValueError(f"t is {t}, but times go from 0, noise, to 1, data: divide the numbers of steps by how many there are.")
+        if np.size(t) == 1:
+            raise ValueError(f"t is {t}, but times go from 0, noise, to 1, data: divide the numbers of steps by how many there are.")
+        raise ValueError(
+            f"t has shape {np.shape(t)} and numbers from {np.min(t)} to {np.max(t)}, but times go from 0, noise, to 1, data, one for all "
+            "or one per example: divide the numbers of steps by how many there are, and a field is a function (x, t), in this order."
+        )
     return t
 
 

@@ -35,6 +35,7 @@ def linear_inverse(path, field, operator, y, *, noise=0.0, spread=None, iteratio
     (Song et al. 2023, "PiGDM", eq. 8; Pokle et al. 2023, arXiv:2310.04432, for flows)
 
     which is (2) of `fmjax.guidance` with p(x_1 | x_t) taken as N(D, r_t^2 I): exact where the data are N(0, I), and a good guide elsewhere.
+    A field that can give a finite set of data alone, as that of `marginals.Empirical`, ends at one of them, whatever was measured.
 
     Args:
       path: anything with `alpha(t)` and `beta(t)`.

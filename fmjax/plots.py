@@ -310,7 +310,7 @@ def trajectories(states, times, rows, *, columns=11):
 
 @dataclasses.dataclass(frozen=True)
 class Animation:
-    """A moving picture that a notebook shows; see `animate`, which makes it."""
+    """A moving picture that a notebook shows, and that `.save("samples.gif")` writes; `animate` makes it."""
 
     gif: bytes = dataclasses.field(repr=False)
     """The picture, a GIF that repeats."""

@@ -1027,6 +1027,19 @@ def measured(step, last=None):
         ),
         "positions without features": (lambda: layers.grid_positions(2, 2, 2, 4), "4 features, .* 3 axes .* 6 or more"),
         "times beyond data": (lambda: times.shift(np.array([0.5, 1.5]), 3.0), "times go from 0, noise, to 1, data"),
+        "states for times": (
+            lambda: paths.flow(PATH, X, X, 5 * jnp.ones_like(X)),
+            r"t has shape \(3, 3\) and numbers from 5.0 to 5.0, .*\(x, t\)",
+        ),
+        "time and state exchanged": (
+            lambda: NETWORKS["mlp"]().init(KEY, 0.5, X),
+            r"x has shape \(\) and t \(3, 3\), .* \(x, t\), in this order",
+        ),
+        "parameters for a field": (lambda: targets.convert_field(PATH, {"a": X}, **CONVERT), "field is a dict, but it is a function"),
+        "an array for batches": (
+            lambda: training.fit(training.make_step(loss_fn, ADAM), training.Run(training.init(X, ADAM), KEY), X, steps=1),
+            r"batches is an array of shape \(3, 3\), but it is an iterable of batches or a function of the step",
+        ),
         "a path that does not rise": (lambda: paths.Polynomial(0.0), "power is 0.0, but it is the power of t"),
         "a path that falls": (lambda: paths.VariancePreserving(-1.0), "rate_min is -1.0"),
         "an operator that adds": (

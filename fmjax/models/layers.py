@@ -55,6 +55,8 @@ def as_matrix(initializer) -> Callable:
 
 def batch_times(t, x) -> chex.ArrayDevice:
     """One time per example, (B,), float32, from a time or one per example."""
+    if jnp.ndim(x) < 2 <= jnp.ndim(t):
+        raise ValueError(f"x has shape {jnp.shape(x)} and t {jnp.shape(t)}, but a network is a function of (x, t), in this order.")
     t = paths.lift(t, x)
     return jnp.broadcast_to(t.reshape(t.shape[:1]), x.shape[:1]).astype(jnp.float32)
 

@@ -70,6 +70,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, y=None):
+        t = layers.batch_times(t, x)
         h = x.reshape(x.shape[0], -1)
         features = h.shape[1]
         given = conditions.embed(self, y, x, self.hidden_size, label="LabelEmbedding_0")
@@ -79,7 +80,6 @@ class MLP(nn.Module):
                     f"The condition, {type(self.condition).__name__}, gives {kind}, but an MLP takes a vector alone: give conditions.Label "
                     "or conditions.Vector, or take a DiT or a UNet."
                 )
-        t = layers.batch_times(t, x)
         if self.time_embedding is None:
             e = t[:, None]
         else:

@@ -6,20 +6,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import jaxlib
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
 # What one page has compiled, the next ones and the next build need not.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(HERE / "_build" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Pages spend most of their time on compiling some three thousand small programs for a CPU, which takes a third of the time if they are not
-# optimised, as in the tests.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if jaxlib.version.__version_info__ < (0, 11):
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_experimental_ynn_fusion_type= --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import pages
 import sphinx.builders

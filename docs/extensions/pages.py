@@ -39,6 +39,15 @@ warnings.filterwarnings("ignore", message="Error (reading|writing) persistent co
 warnings.filterwarnings("ignore", module="IPython|ipykernel|jupyter_client|traitlets|asyncio|zmq")
 """
 
+# Most of a page's time is compilation, which takes half as long without optimisation, as in the tests; a network is trained with it.
+QUICK = """\
+import jaxlib
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if jaxlib.version.__version_info__ < (0, 11):
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_experimental_ynn_fusion_type= --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+"""
+
 
 def read(text):
     """The notebook of a page. Pages without Python have no cells that run."""
@@ -54,7 +63,7 @@ def read(text):
     if prose := text[end:].strip():
         cells.append(new_markdown_cell(prose))
     if runs:
-        cells.insert(0, new_code_cell(SETUP, metadata={"tags": ["remove-cell"]}))
+        cells.insert(0, new_code_cell(SETUP if "make_step(" in text else SETUP + QUICK, metadata={"tags": ["remove-cell"]}))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
     # The names of cells are drawn at random otherwise, and no page would be the same twice.

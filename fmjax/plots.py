@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from fmjax import checks
 from fmjax.training import evaluation
 
 __all__ = [
@@ -43,33 +44,50 @@ __all__ = [
 DPI = 120
 
 
-def _sides(extent):
+def _panel(axes):
+    """Raises unless axes is one panel."""
+    if not hasattr(axes, "imshow"):
+        raise TypeError(f"axes is a {type(axes).__name__}, but it is one panel: plt.subplots()[1], or one of several, axes[0].")
+
+
+def _sides(extent, name="extent"):
     """(left, right, bottom, top)."""
     sides = np.asarray(extent, float)
-    if sides.shape not in [(), (4,)]:
-        raise ValueError(f"extent is {extent!r}, but it is one number, for a square about 0, or (left, right, bottom, top).")
+    if sides.shape not in [(), (4,)] or not np.isfinite(sides).all() or isinstance(extent, str):
+        raise ValueError(f"{name} is {extent!r}, but it is one number, for a square about 0, or (left, right, bottom, top).")
     left, right, bottom, top = sides if sides.ndim else (-sides, sides, -sides, sides)
     if not (left < right and bottom < top):
-        raise ValueError(f"extent is {extent!r}, but left is less than right and bottom less than top.")
+        raise ValueError(f"{name} is {extent!r}, but left is less than right and bottom less than top.")
     return left, right, bottom, top
 
 
 def _grid(extent, count):
     """Points of a square or a rectangle, (count^2, 2), row by row from below, and its sides."""
     sides = _sides(extent)
+    checks.whole("count", count, "how many points there are along each side", least=2)
     x, y = np.meshgrid(np.linspace(*sides[:2], count), np.linspace(*sides[2:], count))
     return jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=-1), jnp.float32), sides
 
 
+def _time(t):
+    if np.ndim(t):
+        raise ValueError(f"t has shape {np.shape(t)}, but it is one time for all points.")
+    checks.number("t", t, "the time")
+    return jnp.float32(t)
+
+
 def _values(field, x, t):
-    values = np.asarray(jax.jit(field)(x, jnp.float32(t)))
+    values = np.asarray(jax.jit(field)(x, _time(t)))
     if values.shape != x.shape:
         raise ValueError(f"field gives shape {values.shape} for {x.shape}, but a field gives values like x.")
+    if not np.isfinite(values).any():
+        raise ValueError(f"field gives no finite number at t = {t}: there is nothing to draw.")
     return values
 
 
 def _plane(name, x):
     x = np.asarray(x)
+    checks.real(name, x)
     if x.ndim < 2 or x.shape[-1] != 2:
         raise ValueError(f"{name} has shape {x.shape}, but it is in the plane, (..., 2).")
     return x
@@ -81,18 +99,28 @@ def density(axes, log_density, t=None, *, extent=4.0, count=200, cmap="Blues"):
     Args:
       axes: the panel.
       log_density: (x, t) -> log p_t(x), (B,), for x (B, 2), as `marginals.log_density(path, distribution)`; without `t` a function of x.
+        It is compiled, so it is a function of JAX's arrays.
       t: the time, one number, or None.
       extent: half the side of a square about 0, or (left, right, bottom, top).
       count: points along each side at which it is evaluated.
       cmap: a colour map of matplotlib.
     Raises:
-      ValueError: if the extent is neither one positive number nor four, in their order, or the density is not one number per point.
+      TypeError: if axes is not one panel.
+      ValueError: if the extent is neither one positive number nor four, in their order, count is below 2, t is not one number, or the
+        density is not one number per point, nan, or 0 everywhere.
     """
+    _panel(axes)
     x, sides = _grid(extent, count)
-    log_p = np.asarray(jax.jit(log_density)(x) if t is None else jax.jit(log_density)(x, jnp.float32(t)))
+    log_p = np.asarray(jax.jit(log_density)(x) if t is None else jax.jit(log_density)(x, _time(t)))
     if log_p.shape != (count**2,):
         raise ValueError(f"log_density gives shape {log_p.shape} for {count**2} points, but it gives one number per point.")
-    axes.imshow(np.exp(log_p).reshape(count, count), extent=sides, origin="lower", cmap=cmap, aspect="equal", interpolation="bilinear")
+    if np.isnan(log_p).any() or not (log_p > -np.inf).any():
+        lost = f"nan at {np.isnan(log_p).sum()} of {len(log_p)} points" if np.isnan(log_p).any() else "-inf everywhere"
+        raise ValueError(f"log_density is {lost} of the extent {extent!r}: there is nothing to draw.")
+    # Points are in the middle of their cells.
+    across, up = (sides[1] - sides[0]) / (count - 1) / 2, (sides[3] - sides[2]) / (count - 1) / 2
+    around = (sides[0] - across, sides[1] + across, sides[2] - up, sides[3] + up)
+    axes.imshow(np.exp(log_p).reshape(count, count), extent=around, origin="lower", cmap=cmap, aspect="equal", interpolation="bilinear")
     axes.set(xlim=sides[:2], ylim=sides[2:])
 
 
@@ -101,7 +129,7 @@ def histogram(axes, x, *, extent=4.0, bins=160, blur=2.0, top=None, cmap="Blues"
 
     Args:
       axes: the panel.
-      x: the points, (B, 2); those outside the extent are not drawn, but count.
+      x: the points, (B, 2), finite; those outside the extent are not drawn, but count.
       extent: half the side of a square about 0, or (left, right, bottom, top).
       bins: along each side.
       blur: standard deviation of the smoothing, in bins.
@@ -110,9 +138,17 @@ def histogram(axes, x, *, extent=4.0, bins=160, blur=2.0, top=None, cmap="Blues"
     Returns:
       The highest density, a number.
     Raises:
-      ValueError: if the extent is neither one positive number nor four, in their order, or x is not in the plane.
+      TypeError: if axes is not one panel, or x is not of real numbers.
+      ValueError: if the extent is neither one positive number nor four, in their order, x is not in the plane, empty or not finite, or bins
+        or blur is out of its range.
     """
+    _panel(axes)
     x, sides = _plane("x", x).reshape(-1, 2), _sides(extent)
+    checks.whole("bins", bins, "how many there are along each side")
+    checks.number("blur", blur, "the standard deviation of the smoothing, in bins", least=0)
+    if not len(x) or not np.isfinite(x).all():
+        lost = (~np.isfinite(x).all(-1)).sum()
+        raise ValueError(f"x has {lost} of {len(x)} points that are not finite, but a density is of finite points, at least one.")
     counts = np.histogram2d(*x.T, bins=bins, range=np.reshape(sides, (2, 2)).tolist())[0]
     cell = (sides[1] - sides[0]) * (sides[3] - sides[2]) / bins**2
     shown = ndimage.gaussian_filter(counts.T / (len(x) * cell), blur)
@@ -134,8 +170,11 @@ def streamlines(axes, field, t, *, extent=4.0, count=32, cmap="viridis"):
     Returns:
       What a colour bar belongs to, as in `figure.colorbar(plots.streamlines(...), ax=axes, label="speed")`.
     Raises:
-      ValueError: if the extent is neither one positive number nor four, in their order, or the field's values are not like x.
+      TypeError: if axes is not one panel.
+      ValueError: if the extent is neither one positive number nor four, in their order, count is below 2, t is not one number, or the
+        field's values are not like x, or none is finite.
     """
+    _panel(axes)
     x, sides = _grid(extent, count)
     u, v = _values(field, x, t).T.reshape(2, count, count)
     ticks = np.linspace(*sides[:2], count), np.linspace(*sides[2:], count)
@@ -155,8 +194,11 @@ def arrows(axes, field, t, *, extent=4.0, count=17, color="0.25"):
       count: arrows along each side.
       color: a colour of matplotlib.
     Raises:
-      ValueError: if the extent is neither one positive number nor four, in their order, or the field's values are not like x.
+      TypeError: if axes is not one panel.
+      ValueError: if the extent is neither one positive number nor four, in their order, count is below 2, t is not one number, or the
+        field's values are not like x, or none is finite.
     """
+    _panel(axes)
     x, sides = _grid(extent, count)
     axes.quiver(*x.T, *_values(field, x, t).T, angles="xy", color=color, pivot="mid", width=0.0035)
     axes.set(xlim=sides[:2], ylim=sides[2:], aspect="equal")
@@ -172,8 +214,10 @@ def points(axes, x, *, color="C0", size=2.0, label=None):
       size: area of a dot, in points squared.
       label: what they are, for a legend.
     Raises:
+      TypeError: if axes is not one panel, or x is not of real numbers.
       ValueError: if x is not in the plane.
     """
+    _panel(axes)
     x = _plane("x", x).reshape(-1, 2)
     lost = int((~np.isfinite(x).all(-1)).sum())
     axes.scatter(*x.T, s=size, c=color, linewidths=0, label=label)
@@ -192,9 +236,13 @@ def lines(axes, states, times=None, *, color="0.4", width=0.7):
       color: a colour of matplotlib.
       width: of a line, in points.
     Raises:
-      ValueError: if the states are not in the plane, or on the line not as many as the times.
+      TypeError: if axes is not one panel, or the states are not of real numbers.
+      ValueError: if there are none, or they are not in the plane, or on the line not as many as the times.
     """
+    _panel(axes)
     states = np.asarray(states)
+    if not states.size:
+        raise ValueError(f"states have shape {states.shape}: there is nothing to draw.")
     if times is None:
         states = _plane("states", states)
         axes.plot(states[..., 0], states[..., 1], color=color, linewidth=width, alpha=0.6)
@@ -202,7 +250,7 @@ def lines(axes, states, times=None, *, color="0.4", width=0.7):
         axes.set(aspect="equal")
         return
     states = states[..., 0] if states.ndim == 3 and states.shape[-1] == 1 else states
-    if states.ndim != 2 or len(states) != len(times):
+    if states.ndim != 2 or np.shape(times) != states.shape[:1]:
         raise ValueError(f"states have shape {states.shape} and times {np.shape(times)}, but on the line states are (times, n).")
     axes.plot(np.asarray(times), states, color=color, linewidth=width, alpha=0.6)
     axes.set(xlabel="t")
@@ -215,10 +263,21 @@ def loss(axes, history, label="loss"):
       axes: the panel.
       history: metrics with `step` and `loss`, as `training.fit` gives them.
       label: what the loss is.
+    Raises:
+      TypeError: if axes is not one panel.
+      ValueError: if metrics have no step or no loss.
     """
-    axes.plot([metrics["step"] for metrics in history], [metrics["loss"] for metrics in history], linewidth=1)
-    losses = [metrics["loss"] for metrics in history]
-    falls = bool(losses) and 0 < 5 * min(losses) < max(losses)
+    _panel(axes)
+    history = list(history)
+    for i, metrics in enumerate(history):
+        if not {"step", "loss"} <= set(metrics):
+            raise ValueError(f"history[{i}] has the keys {sorted(metrics)}, but metrics have step and loss, as training.fit gives them.")
+    losses = np.array([float(metrics["loss"]) for metrics in history])
+    axes.plot([int(metrics["step"]) for metrics in history], losses, linewidth=1)
+    known = losses[np.isfinite(losses)]
+    falls = len(known) > 0 and 0 < 5 * known.min() < known.max()
+    if len(known) < len(losses):
+        axes.set_title(f"{len(losses) - len(known)} of {len(losses)} losses are not finite", color="C3")
     axes.set(xlabel="step", ylabel=label, yscale="log" if falls else "linear")
     axes.grid(alpha=0.3)
 
@@ -233,8 +292,11 @@ def loss_by_time(axes, losses, times, *, bins=10, label=None):
       bins: how many.
       label: what they are, for a legend.
     Raises:
+      TypeError: if axes is not one panel.
       ValueError: if losses and times are not (N,) alike, or a time is outside [0, 1].
     """
+    _panel(axes)
+    checks.whole("bins", bins, "how many there are")
     edges = np.linspace(0, 1, bins + 1)
     mean, error, _ = evaluation.loss_by_time(np.asarray(losses), np.asarray(times), edges)
     axes.errorbar((edges[1:] + edges[:-1]) / 2, mean, 2 * error, marker="o", markersize=3, linewidth=1, capsize=2, label=label)
@@ -247,10 +309,13 @@ def images(axes, shown):
 
     Args:
       axes: the panel.
-      shown: (rows, columns, H, W, C) in [-1, 1]: in colours where C is 3, else the first channel in grey, dark on light.
+      shown: (rows, columns, H, W, C) in [-1, 1], cut off there: in colours where C is 3, else the first channel in grey, dark on light.
+        Numbers that are not finite are red.
     Raises:
+      TypeError: if axes is not one panel, or the images are of whole numbers.
       ValueError: if the images are not (rows, columns, H, W, C).
     """
+    _panel(axes)
     _show(axes, _tile(shown))
     axes.set(xticks=[], yticks=[])
 
@@ -260,16 +325,24 @@ def samples(blocks, rows, *, columns=10, row_height=0.39):
 
     Args:
       blocks: the title of each block and its images, (classes, n, H, W, C) in [-1, 1], as for `images`.
-      rows: the classes' names.
-      columns: images of a class that are drawn.
+      rows: the classes' names, one per row.
+      columns: images of a class that are drawn, at most.
       row_height: height of each row, in inches; more where its pixels need more.
     Returns:
       A Figure.
     Raises:
       ImportError: if matplotlib is not installed (`pip install fmjax[plots]`).
-      ValueError: if the images are not (classes, n, H, W, C).
+      TypeError: if images are of whole numbers.
+      ValueError: if there are no blocks, the images are not (classes, n, H, W, C), or there are not as many names as classes.
     """
-    shown = {title: _tile(block[:, :columns]) for title, block in blocks.items()}
+    checks.whole("columns", columns, "how many images of a class are drawn")
+    if not blocks:
+        raise ValueError("blocks is empty, but a picture has at least one block of images.")
+    shown = {}
+    for title, block in blocks.items():
+        block = _five(f"block {title!r}", block)
+        _check_rows(rows, len(block), f"block {title!r}")
+        shown[title] = _tile(block[:, :columns])
     first = next(iter(shown.values()))
     height = max(row_height * len(rows), first.shape[0] / DPI, 1.0)
     width = height * first.shape[1] / first.shape[0]
@@ -289,22 +362,29 @@ def trajectories(states, times, rows, *, columns=11):
     Args:
       states: (times, n, H, W, C), as a sampler saves them.
       times: the grid, (times,).
-      rows: the images' names.
-      columns: times that are drawn.
+      rows: the images' names, one per image.
+      columns: times that are drawn, at most.
     Returns:
       A Figure.
     Raises:
       ImportError: if matplotlib is not installed (`pip install fmjax[plots]`).
-      ValueError: if the states are not (times, n, H, W, C).
+      TypeError: if the states are of whole numbers.
+      ValueError: if the states are not (times, n, H, W, C), or not as many as the times, or there are not as many names as images.
     """
-    states, times = np.asarray(states), np.asarray(times)
-    chosen = np.linspace(0, len(times) - 1, columns).round().astype(int)
+    states, times = _five("states", states), np.asarray(times)
+    checks.whole("columns", columns, "how many times are drawn")
+    if times.shape != states.shape[:1]:
+        raise ValueError(
+            f"times have shape {times.shape}, but there are {len(states)} states, one per time: give the times of those saved."
+        )
+    _check_rows(rows, states.shape[1], "states")
+    chosen = np.linspace(0, len(times) - 1, min(columns, len(times))).round().astype(int)
     image = _tile(states[chosen].swapaxes(0, 1))
     height = max(0.54 * len(rows), image.shape[0] / DPI)
     figure = _figure(0.6 + height * image.shape[1] / image.shape[0], height + 0.4)
     axes = figure.add_subplot()
     _show(axes, image)
-    axes.set(xlabel="t", **_ticks("x", [f"{times[i]:.1f}" for i in chosen], image.shape[1]), **_ticks("y", rows, image.shape[0]))
+    axes.set(xlabel="t", **_ticks("x", [f"{times[i]:.3g}" for i in chosen], image.shape[1]), **_ticks("y", rows, image.shape[0]))
     return figure
 
 
@@ -319,8 +399,12 @@ class Animation:
         """Writes it, `animation.save("samples.gif")`.
 
         Args:
-          file: where to, in place of what was there.
+          file: where to, in place of what was there; its name ends in .gif.
+        Raises:
+          ValueError: if it does not.
         """
+        if Path(file).suffix.lower() != ".gif":
+            raise ValueError(f"file is {str(file)!r}, but the animation is a GIF: give a name that ends in .gif.")
         Path(file).write_bytes(self.gif)
 
     def _repr_html_(self):
@@ -341,7 +425,7 @@ def animate(draw, frames, *, columns=1, size=3.4, seconds=4.0, limits=None) -> A
       An Animation: the last expression of a notebook's cell, or `.save("samples.gif")`.
     Raises:
       ImportError: if matplotlib or Pillow is not installed (`pip install fmjax[plots]`).
-      ValueError: if there are no frames.
+      ValueError: if there are no frames, or a number is out of its range.
     """
     try:
         from PIL import Image
@@ -350,6 +434,10 @@ def animate(draw, frames, *, columns=1, size=3.4, seconds=4.0, limits=None) -> A
     frames = list(frames)
     if not frames:
         raise ValueError("frames is empty, but an animation has at least one.")
+    checks.whole("columns", columns, "how many panels there are")
+    checks.number("size", size, "the side of a panel, in inches", least=0, above=True)
+    checks.number("seconds", seconds, "how long the animation is", least=0, above=True)
+    sides = None if limits is None else _sides(limits, "limits")
     figure = _figure(size * columns, size)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -359,15 +447,17 @@ def animate(draw, frames, *, columns=1, size=3.4, seconds=4.0, limits=None) -> A
         figure.clear()
         panels = [figure.add_subplot(1, columns, i) for i in range(1, columns + 1)]
         draw(panels[0] if columns == 1 else panels, frame)
-        if limits is not None:
-            left, right, bottom, top = (-limits, limits, -limits, limits) if np.ndim(limits) == 0 else limits
+        if sides is not None:
             for axes in panels:
-                axes.set(xlim=(left, right), ylim=(bottom, top))
+                axes.set(xlim=sides[:2], ylim=sides[2:])
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
-    # One palette, of the first, the middle and the last frame, so that colours do not flicker.
-    some = np.concatenate([np.asarray(pictures[i]) for i in (0, len(pictures) // 2, -1)])
-    palette = Image.fromarray(some).quantize(128, dither=Image.Dither.NONE)
+    # One palette, so that colours do not flicker, of the colours of all frames, so that a dot in one of them has its own.
+    packed = np.concatenate([np.asarray(picture, np.uint32).reshape(-1, 3) @ np.array([65536, 256, 1], np.uint32) for picture in pictures])
+    colours, counts = np.unique(packed, return_counts=True)
+    colours = np.repeat(colours, np.sqrt(counts).round().astype(int))
+    colours = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1).astype(np.uint8)
+    palette = Image.fromarray(colours[None]).quantize(256, dither=Image.Dither.NONE)
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     each = max(20, round(1000 * seconds / len(pictures)))
     written = io.BytesIO()
@@ -384,11 +474,23 @@ def _figure(width, height):
     return Figure(figsize=(width, height), layout="constrained", dpi=DPI)
 
 
+def _five(name, shown):
+    shown = np.asarray(shown)
+    if shown.ndim != 5 or not shown.size:
+        raise ValueError(f"{name} has shape {shown.shape}, but images are (rows, columns, H, W, C).")
+    if not jnp.issubdtype(shown.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {shown.dtype}, but images are floats in [-1, 1]: x / 127.5 - 1 makes them from bytes.")
+    return shown
+
+
+def _check_rows(rows, count, name):
+    if len(rows) != count:
+        raise ValueError(f"rows has {len(rows)} names, but {name} has {count} rows of images: give one name for each.")
+
+
 def _tile(shown):
     """(rows, columns, H, W, C) to one image of 1 or 3 channels, with a line between."""
-    shown = np.asarray(shown)
-    if shown.ndim != 5:
-        raise ValueError(f"images have shape {shown.shape}, but they are (rows, columns, H, W, C).")
+    shown = _five("shown", shown).astype(np.float32)
     shown = shown if shown.shape[-1] == 3 else shown[..., :1]
     rows, columns, height, width, channels = shown.shape
     padded = np.pad(shown, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-1 if channels == 1 else 1)
@@ -396,10 +498,9 @@ def _tile(shown):
 
 
 def _show(axes, image):
-    if image.shape[-1] == 1:
-        axes.imshow(image[..., 0], cmap="gray_r", vmin=-1, vmax=1)
-    else:
-        axes.imshow(np.clip(0.5 + 0.5 * image, 0, 1))
+    light = (0.5 - 0.5 * image if image.shape[-1] == 1 else 0.5 + 0.5 * image).clip(0, 1)
+    lost = ~np.isfinite(image).all(-1, keepdims=True)
+    axes.imshow(np.where(lost, (0.84, 0.15, 0.16), light))
 
 
 def _ticks(axis, names, pixels):

@@ -13,6 +13,8 @@ from PIL import Image
 
 from fmjax import plots
 
+BLOCK = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4, 1))
+
 
 @pytest.fixture
 def axes():
@@ -28,7 +30,7 @@ def drawn(figure):
 
 
 def test_every_image_is_at_its_place_with_a_line_between():
-    images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 5, 3))
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 5, 3)).astype(np.float32)
     tiled = plots._tile(images)
     assert tiled.shape == (2 * 5 - 1, 3 * 6 - 1, 3)
     for row in range(2):
@@ -81,7 +83,9 @@ def test_a_density_is_dark_where_it_is_high(axes):
     row, column = np.unravel_index(image.get_array().argmax(), (61, 61))
     left, right, bottom, top = image.get_extent()
     assert image.origin == "lower"
-    np.testing.assert_allclose((left + column / 60 * (right - left), bottom + row / 60 * (top - bottom)), (1, -2), atol=0.06)
+    # In the middle of its cell.
+    at = left + (column + 0.5) / 61 * (right - left), bottom + (row + 0.5) / 61 * (top - bottom)
+    np.testing.assert_allclose(at, (1, -2), atol=1e-6)
     # The corner of the peak is darker than the other corners.
     seen = drawn(axes.figure).mean(-1)
     assert seen.min() < 0.4
@@ -154,13 +158,68 @@ def test_panels_of_an_animation_are_side_by_side():
         (lambda axes: plots.density(axes, jnp.sum, extent=(0, 1)), r"extent is \(0, 1\)"),
         (lambda axes: plots.density(axes, jnp.sum, extent=-1), r"left is less than right"),
         (lambda axes: plots.arrows(axes, lambda x, t: x[:, 0], 0.5), r"field gives shape \(289,\) for \(289, 2\)"),
-        (lambda axes: plots.images(axes, np.zeros((2, 8, 8, 1))), r"images have shape \(2, 8, 8, 1\)"),
+        (lambda axes: plots.images(axes, np.zeros((2, 8, 8, 1))), r"shown has shape \(2, 8, 8, 1\), but images are"),
+        (lambda axes: plots.images(axes, np.zeros((2, 2, 8, 8, 3), np.uint8)), "shown has dtype uint8, .* x / 127.5 - 1"),
+        (lambda axes: plots.samples({"a": BLOCK}, ["x"]), "rows has 1 names, but block 'a' has 2 rows"),
+        (lambda axes: plots.samples({"a": BLOCK, "b": BLOCK[:1]}, ["x", "y"]), "rows has 2 names, but block 'b' has 1 rows"),
+        (lambda axes: plots.samples({}, []), "blocks is empty"),
+        (lambda axes: plots.samples({"a": BLOCK}, ["x", "y"], columns=0), "columns is 0"),
+        (lambda axes: plots.trajectories(BLOCK, np.linspace(0, 1, 3), "abc"), r"times have shape \(3,\), but there are 2 states"),
+        (lambda axes: plots.trajectories(BLOCK, np.linspace(0, 1, 2), "ab"), "rows has 2 names, but states has 3 rows"),
+        (lambda axes: plots.histogram(axes, np.zeros((0, 2))), "x has 0 of 0 points that are not finite"),
+        (lambda axes: plots.histogram(axes, np.full((3, 2), np.nan)), "x has 3 of 3 points that are not finite"),
+        (lambda axes: plots.histogram(axes, np.zeros((3, 2)), bins=[3, 4]), r"bins is \[3, 4\]"),
+        (lambda axes: plots.histogram(axes, np.zeros((3, 2)), blur=-1), "blur is -1"),
+        (lambda axes: plots.density(axes, lambda x: x[:, 0] * jnp.nan), "log_density is nan at 40000 of 40000 points"),
+        (lambda axes: plots.density(axes, lambda x: x[:, 0] - jnp.inf), "log_density is -inf everywhere"),
+        (lambda axes: plots.density(axes, lambda x, t: x[:, 0], jnp.zeros(2)), r"t has shape \(2,\), but it is one time"),
+        (lambda axes: plots.density(axes, jnp.sum, count=1), "count is 1"),
+        (lambda axes: plots.density(axes, jnp.sum, extent=np.inf), "extent is inf"),
+        (lambda axes: plots.density(axes, jnp.sum, extent="4"), "extent is '4'"),
+        (lambda axes: plots.arrows(axes, lambda x, t: x * jnp.nan, 0.5), "field gives no finite number at t = 0.5"),
+        (lambda axes: plots.streamlines(axes, lambda x, t: x, 0.5, count=1), "count is 1"),
+        (lambda axes: plots.lines(axes, np.zeros((0, 3, 2))), r"states have shape \(0, 3, 2\)"),
+        (lambda axes: plots.lines(axes, np.zeros((5, 3)), np.zeros((5, 1))), r"times \(5, 1\)"),
+        (lambda axes: plots.loss(axes, [{"step": 1}]), r"history\[0\] has the keys \['step'\]"),
+        (lambda axes: plots.animate(lambda axes, x: None, [0], columns=0), "columns is 0"),
+        (lambda axes: plots.animate(lambda axes, x: None, [0], seconds=0), "seconds is 0"),
+        (lambda axes: plots.animate(lambda axes, x: None, [0], limits=(0, 1)), r"limits is \(0, 1\)"),
+        (lambda axes: plots.animate(lambda axes, x: None, [0]).save("samples.mp4"), "file is 'samples.mp4', but the animation is a GIF"),
+        (lambda axes: plots.points([axes, axes], np.zeros((3, 2))), "axes is a list, but it is one panel"),
+        (lambda axes: plots.density(axes.figure, jnp.sum), "axes is a Figure, but it is one panel"),
         (lambda axes: plots.animate(lambda axes, x: None, []), r"frames is empty"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(axes, call, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         call(axes)
+
+
+def test_what_is_not_finite_is_seen(axes):
+    plots.images(axes, np.full((1, 1, 8, 8, 1), np.nan))
+    red = drawn(axes.figure).reshape(-1, 3)
+    assert ((red[:, 0] > 0.8) & (red[:, 1] < 0.2)).mean() > 0.2
+    axes.clear()
+    for losses in ([1, 0.1, np.nan], [np.nan, 1, 0.1], [1, np.nan, 0.1]):
+        plots.loss(axes, ({"step": i, "loss": loss} for i, loss in enumerate(losses)))
+        assert (axes.get_yscale(), axes.get_title()) == ("log", "1 of 3 losses are not finite")
+
+
+def test_each_time_on_the_way_is_drawn_once():
+    states = np.random.default_rng(0).uniform(-1, 1, (7, 1, 4, 4, 1))
+    (axes,) = plots.trajectories(states, np.linspace(0, 0.1, 7), ["a"]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.0167", "0.0333", "0.05", "0.0667", "0.0833", "0.1"]
+
+
+def test_a_colour_of_one_frame_is_kept():
+    def draw(axes, color):
+        plots.points(axes, np.zeros((1, 2)), color=color, size=3000)
+
+    gif = Image.open(io.BytesIO(plots.animate(draw, ["k", "r", "k", "g", "k"]).gif))
+    for frame, color in ((1, (255, 0, 0)), (3, (0, 128, 0))):
+        gif.seek(frame)
+        pixels = np.asarray(gif.convert("RGB")).reshape(-1, 3).astype(int)
+        assert (np.abs(pixels - color).max(1) < 12).mean() > 0.01, color
 
 
 def test_matplotlib_that_is_missing_is_named(monkeypatch):

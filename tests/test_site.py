@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,49 +134,129 @@ def test_a_page_is_a_notebook_whose_checks_are_hidden():
     assert [cell.cell_type for cell in pages.read("# Title\n\n```bash\nmake\n```\n").cells] == ["markdown"]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: str(page.relative_to(ROOT / "docs")))
+@pytest.mark.parametrize("page", [ROOT / "README.md", *pages.sources(ROOT / "docs")], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_python_is_run(page):
-    """A block that is indented, or spelt otherwise, would be shown and not run."""
-    fences = re.findall(r"^( *)(?:`{3,}|~{3,})\{?(?:code-cell|code-block|python|py|ipython3?)\b.*$", page.read_text(), re.MULTILINE)
-    theirs = len(re.findall(r"^```\{code-block\} python\n:class: theirs$", page.read_text(), re.MULTILINE))
-    run = sum(found["shown"] is not None for found in pages.CELL.finditer(page.read_text()))
-    assert len(fences) == run + theirs
-    assert page.read_text().count("<!-- check") == sum(found["hidden"] is not None for found in pages.CELL.finditer(page.read_text()))
+    assert not pages.complaints(page.read_text())
 
 
-BROKEN = {
-    "a script of another host": ('<script src="https://cdn.example.org/a.js"></script>', "asks https://cdn.example.org/a.js"),
-    "a style of another host": ('<link rel="stylesheet" href="//fonts.example.org/a.css">', "asks //fonts.example.org/a.css"),
-    "a picture of another host": ('<img src="http://example.org/a.png">', "asks http://example.org/a.png"),
-    "a page that is not there": ('<a href="other.html">', "links to other.html, which is not there"),
-    "a place that is not there": ('<a href="#there">', "links to #there, which has no such place"),
-}
+CODE = "x = 1\n```\n"
+UNRUN = [
+    *(f"{fence}\nx = 1\n{end}\n" for fence, end in [("~~~ python", "~~~"), (":::{code-block} python", ":::"), ("````python", "````")]),
+    *(f"{fence}\n{CODE}" for fence in ["```Python", "```python3", "```py", "```pycon", "``` python", "```python ", "```{.python}", "```"]),
+    *(f"```{{{name}}} python\n{CODE}" for name in ["code", "code-block", "code-cell", "sourcecode"]),
+    *(f"{margin}```python\n{margin}x = 1\n{margin}```\n" for margin in ["  ", "\t", "> ", ">", "- ", "1. ", "> - "]),
+    *(f"```python\nx = 1\n{end}\n" for end in ["", "``` ", " ```", "````", "~~~"]),
+    *(f"{begin}\nassert x\n-->\n" for begin in ["<!-- Check", "<!--check", "<!--  check", "<!--\ncheck", "<!-- check:", " <!-- check"]),
+    *(f"<!-- check\nassert x\n{end}\n" for end in ["", " -->", "--> "]),
+    *(f"{begin}\n```python\n{CODE}{end}\n" for begin, end in [("```text", "```"), ("::::{grid} 1", "::::"), ("<!--", "-->")]),
+    *(f"{begin}\n<!-- check\nassert x\n-->\n{end}\n" for begin, end in [("```text", "```"), ("::::{grid} 1", "::::"), ("~~~", "~~~")]),
+    "```{eval-rst}\n.. code-block:: python\n\n   x = 1\n```\n",
+    "```{include} other.md\n```\n",
+    ":::{note}\ntext\n:::\n",
+]
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_site_that_is_broken_is_refused(tmp_path, what):
-    html, said = BROKEN[what]
-    (tmp_path / "index.html").write_text(f'<p id="here"><a href="#here">x</a> <a href="https://arxiv.org/abs/1">y</a>{html}</p>')
-    (wrong,) = verify.verify(tmp_path, tmp_path)
-    assert said in wrong
+@pytest.mark.parametrize("text", UNRUN)
+def test_a_block_that_would_not_run_is_refused(text):
+    assert pages.complaints(f"# Title\n\n```python\n{CODE}\n{text}\n```python\n{CODE}\n<!-- check\nassert x\n-->\n")
 
 
-def test_a_page_without_its_picture_is_refused(tmp_path):
-    source, built = tmp_path / "source", tmp_path / "built"
-    for folder in (source, built):
-        (folder / "lessons").mkdir(parents=True)
-    (source / "lessons" / "1.md").write_text("```python\nfigure, axes = plt.subplots()\n```\n")
-    (source / "page.md").write_text("```python\nplots.images(axes, x)\n```\n")
-    (source / "text.md").write_text("text\n")
-    for name in ("lessons/1", "page", "text"):
-        (built / f"{name}.html").write_text("<p>text</p>")
-    (built / "a.css").write_text("p { background: url(https://example.org/a.png) }")
-    wrong = "\n".join(verify.verify(built, source))
-    assert "lessons/1.html draws, but has no picture" in wrong
-    assert "lessons/1.html is a lesson without a picture" in wrong
-    assert "page.html draws, but has no picture" in wrong
-    assert "a.css asks https://example.org/a.png" in wrong
-    assert "text.html" not in wrong
+def test_a_complaint_names_its_line():
+    (wrong,) = pages.complaints("# Title\n\n```Python\nx = 1\n```\n")
+    assert wrong.startswith("line 3, '```Python': begins none of the blocks that a page may have; write ```python at the margin")
+    (wrong,) = pages.complaints("::::{grid} 1\n```python\nx = 1\n```\n::::\n")
+    assert wrong == "line 2, '```python': a cell in another block; close that one before, with ::::"
+
+
+# Files, and what is said of them: nothing, or one complaint each.
+SITES = [
+    # Files that a page loads.
+    ({"a.html": '<img src="other.png">'}, "a.html links to other.png, which is not there"),
+    ({"a.html": '<img srcset="here.png 1x, other.png 2x">'}, "links to other.png"),
+    ({"a.html": '<script src="other.js"></script>'}, "links to other.js"),
+    ({"a.html": '<link rel="stylesheet" href="other.css?v=1">'}, "links to other.css?v=1"),
+    ({"a.html": '<iframe src="other.html"></iframe>'}, "links to other.html"),
+    ({"a.html": '<video poster="here.png"><source src="other.mp4"></video>'}, "links to other.mp4"),
+    ({"a.html": '<p style="background: url(other.png)">'}, "links to other.png"),
+    ({"a.html": "<style>p { background: url('other.png') }</style>"}, "links to other.png"),
+    ({"in/a.css": "p { background: url(here.png) }"}, "in/a.css links to here.png"),
+    ({"a.css": '@import "other.css";'}, "links to other.css"),
+    ({"a.css": 'p { background: url( "here.png" ), url(here.png?x#y), url(\'data:a,<b c="url(d)">\') } /* url(other.png) */'}, None),
+    ({"a.html": '<img src="here.png"><img src="data:image/gif;base64,R0//a+//b="><img srcset="here.png, here.png 2x">'}, None),
+    # Requests.
+    ({"a.html": '<script src="https://cdn.org/a.js"></script>'}, "a.html asks https://cdn.org of another host"),
+    ({"a.html": '<img src=" HTTP://cdn.org/a.png">'}, "asks HTTP://cdn.org"),
+    ({"a.html": '<img srcset="here.png 1x, //cdn.org/a.png 2x">'}, "asks //cdn.org"),
+    ({"a.html": '<img srcset="data:image/gif;base64,R0 1x, //cdn.org/a.png 2x">'}, "asks //cdn.org"),
+    ({"a.html": '<link rel="preload" imagesrcset="here.png 1x, //cdn.org/a.png 2x">'}, "asks //cdn.org"),
+    ({"a.html": '<link rel="Stylesheet" href="//cdn.org/a.css">'}, "asks //cdn.org"),
+    ({"a.html": '<link rel="alternate stylesheet" href="//cdn.org/a.css">'}, "asks //cdn.org"),
+    ({"a.html": '<link rel="modulepreload" href="https://cdn.org/a.js">'}, "asks https://cdn.org"),
+    ({"a.html": '<link rel="apple-touch-icon" href="https://cdn.org/a.png">'}, "asks https://cdn.org"),
+    ({"a.html": '<object data="https://cdn.org/a.svg"></object>'}, "asks https://cdn.org"),
+    ({"a.html": '<base href="https://cdn.org/">'}, "asks https://cdn.org"),
+    ({"a.html": '<meta http-equiv="refresh" content="0; url=https://cdn.org/">'}, "asks https://cdn.org"),
+    ({"a.html": '<video poster="https://cdn.org/a.png"></video>'}, "asks https://cdn.org"),
+    ({"a.html": '<form action="https://cdn.org/"></form>'}, "asks https://cdn.org"),
+    ({"a.html": '<svg><use href="https://cdn.org/a.svg#b"/></svg>'}, "asks https://cdn.org"),
+    ({"a.html": '<svg><image xlink:href="https://cdn.org/a.png"/></svg>'}, "asks https://cdn.org"),
+    ({"a.html": '<p style="background: url(//cdn.org/a.png)">'}, "asks //cdn.org"),
+    ({"a.html": "<style>@import url('https://cdn.org/a.css')</style>"}, "asks https://cdn.org"),
+    ({"a.html": "<script>fetch('https://cdn.org/a.json')</script>"}, "asks https://cdn.org"),
+    ({"a.html": "<script>new WebSocket(`wss://cdn.org`)</script>"}, "asks wss://cdn.org"),
+    ({"a.js": 'import "//cdn.org/a.js"'}, "a.js asks //cdn.org"),
+    ({"a.css": '@import"https://cdn.org/a.css";'}, "a.css asks https://cdn.org"),
+    ({"a.css": "p { background: URL(HTTPS://cdn.org/a.png) }"}, "asks HTTPS://cdn.org"),
+    ({"a.css": 'p { background: image-set("//cdn.org/a.png" 1x) }'}, "asks //cdn.org"),
+    ({"a.html": '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"></svg>'}, None),
+    ({"a.html": '<link rel="canonical" href="https://cdn.org/"><link rel="license" href="https://cdn.org/">'}, None),
+    ({"a.html": '<img src="here.png" alt="of https://cdn.org"><meta name="description" content="of https://cdn.org">'}, None),
+    ({"a.html": '<script src="a.js"></script><script>// x\n//y\na = "http://www.w3.org/2000/svg"</script>', "a.js": "//y"}, None),
+    ({"a.css": "/* https://cdn.org */ p { background: url('data:image/svg+xml,<svg xmlns=\"http://www.w3.org/2000/svg\">') }"}, None),
+    # Links.
+    ({"a.html": '<a href="other.html">x</a>'}, "links to other.html, which is not there"),
+    ({"a.html": '<a href="../a.html">x</a>'}, "links to ../a.html, which is not there"),
+    ({"a.html": '<a href="#there">x</a>'}, "links to #there, which has no such place"),
+    ({"a.html": '<area href="other.html">'}, "links to other.html"),
+    ({"a.html": '<svg><a xlink:href="other.html">x</a></svg>'}, "links to other.html"),
+    ({"a.html": '<a href="file:///tmp/a.html">x</a>'}, "links to file:///tmp/a.html, which only the machine has that wrote it"),
+    ({"a.html": '<a href="http://localhost:8000/">x</a>'}, "links to http://localhost:8000/, which only the machine has"),
+    ({"a.html": '<a href="//127.0.0.1/">x</a>'}, "links to //127.0.0.1/, which only"),
+    ({"a.html": '<meta name="there"><input name="there"><a href="#there">x</a>'}, "links to #there"),
+    ({"a.html": '<a name="there">x</a><a href="#there">x</a><a href="#top">x</a><a href="#">x</a><a href="">x</a>'}, None),
+    ({"a.html": '<a href="index.html?x=1#here">x</a><a href="?x=1">x</a><a href="index.html#:~:text=x">x</a><a href=".">x</a>'}, None),
+    ({"a.html": '<a href="//arxiv.org/abs/1">x</a><a href="https://localhost.org">x</a><a href="mailto:a@b.org">x</a>'}, None),
+    ({"a.html": '<a href="%61%23.html#b%20c">x</a>', "a#.html": '<p id="b c">'}, None),
+    # Pictures.
+    ({"a.md": "```python\nfigure, axes = subplots()\n```\n", "a.html": ""}, "a.md draws, or is a lesson, and its cells made no picture"),
+    ({"a.md": "```python\nfigure, axes = plt.subplots()\n```\n", "a.html": '<img src="here.png">'}, "a.md draws"),
+    ({"a.md": "```python\nimport matplotlib.pyplot\n```\n", "a.html": '<div class="cell_output"></div><img src="here.png">'}, "a.md draws"),
+    ({"a.md": "```python\nplots.images(x)\n```\n", "a.html": '<div class="cell_input"><img src="here.png"></div>'}, "a.md draws"),
+    ({"a.md": "```python\nfrom fmjax.plots import images\n```\n", "a.html": ""}, "a.md draws"),
+    ({"a.md": "```python\nfigure = Figure()\n```\n", "a.html": ""}, "a.md draws"),
+    ({"lessons/a.md": "text\n", "lessons/a.html": '<img src="../here.png">'}, "lessons/a.md draws, or is a lesson"),
+    ({"a.md": "text\n"}, "a.md is a page that was not built"),
+    ({"a.md": "```python\nplt.plot(x)\n```\n", "a.html": '<div class="b cell_output"><div></div><img src="here.png"></div>'}, None),
+    ({"a.md": "plots.\n\n```bash\nplots.\n```\n\n<!-- check\nplots.images\n-->\n", "a.html": ""}, None),
+    ({"lessons/index.md": "text\n", "lessons/index.html": "", "_build/a.md": "text\n"}, None),
+]
+
+
+@pytest.mark.parametrize(("files", "said"), SITES)
+def test_a_site_that_is_broken_is_refused(tmp_path, files, said):
+    index = '<p id="here"><a href="#here">x</a> <a href="https://arxiv.org/abs/1">y</a></p>'
+    for name, text in {"index.html": index, "here.png": "", **files}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    wrong = verify.verify(tmp_path, tmp_path)
+    assert len(wrong) == (said is not None), wrong
+    assert (said or "") in "".join(wrong)
+
+
+def test_a_build_of_a_page_that_would_not_run_is_refused(tmp_path):
+    (tmp_path / "page.md").write_text("```Python\nx = 1\n```\n")
+    with pytest.raises(verify.ExtensionError, match=r"page\.md, line 1, '```Python'"):
+        verify.before(SimpleNamespace(srcdir=tmp_path))
 
 
 def commands():

@@ -24,6 +24,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 # Blocks at the margin: three backticks and the language, or a comment that begins with `check`.
 CELL = re.compile(r"^```python\n(?P<shown>.*?)^```$|^<!-- check\n(?P<hidden>.*?)^-->$", re.DOTALL | re.MULTILINE)
+# What looks like the beginning or the end of a block, however it is indented, quoted or listed.
+FENCE = re.compile(r"(?:[ \t>]|[-*+][ \t]|\d+[.)][ \t])*(?:`{3,}|~{3,}|:{3,})")
+# All that a page may begin, at the margin. Python that is shown and not run is another library's, and marked as such.
+BLOCK = re.compile(
+    r"""```(?:python|bash|text|\{toctree\}|\{include\}[ ]\.\./CHANGELOG\.md)$
+    |```\{eval-rst\}$(?=\n\.\.[ ]chapters?::[ ].*\n```$)
+    |```\{code-block\}[ ]python$(?=\n:class:[ ]theirs$)
+    |:{3,}\{(?:grid\}[ ][\d ]+|grid-item-card\}[ ][\w ]+)$""",
+    re.MULTILINE | re.VERBOSE,
+)
 # Pictures as sharp as a phone's, in the page's own size; a warning is an error, in a page as in the tests.
 SETUP = """\
 import os, warnings
@@ -77,11 +87,47 @@ def runs(page):
     return CELL.search(Path(page).read_text()) is not None
 
 
+def sources(folder):
+    """Every page in a folder, without what has been built there."""
+    return sorted(page for page in folder.rglob("*.md") if "_build" not in page.relative_to(folder).parts)
+
+
+def complaints(text):
+    """What of a page would be shown and not run, run and not shown, or is no block that a page may have."""
+    wrong, ends, shown = [], [], 0
+    for number, found in enumerate(re.finditer(r"^.*$", text, re.MULTILINE), 1):
+        line, end = found[0], ends[-1] if ends else None
+        inside, where = end in ("```", "-->"), f"line {number}, {line.strip()!r}:"
+        if ends and re.match(r"```python$|<!--\s*check", line, re.IGNORECASE):
+            wrong.append(f"{where} a cell in another block; close that one before, with {end}")
+        elif inside and line != end and FENCE.match(line):
+            wrong.append(f"{where} in another block; close that one before, with {end} at the margin")
+        if line == end or (end == "-->" and end in line):
+            ends.pop()
+        elif not inside and (fence := FENCE.match(line)):
+            if not BLOCK.match(text, found.start()):
+                wrong.append(f"{where} begins none of the blocks that a page may have; write ```python at the margin, or see pages.BLOCK")
+            shown += line == "```python"
+            ends.append(fence[0])
+        elif not inside and line.lstrip().startswith("<!--") and "-->" not in line:
+            ends.append("-->")
+    wrong += [f"a block is open at the end of the page; close it with {end.strip()} at the margin" for end in ends]
+    cells, checks = list(CELL.finditer(text)), len(re.findall(r"<!--\s*check", text, re.IGNORECASE))
+    hidden = sum(found["hidden"] is not None for found in cells)
+    if checks != hidden:
+        wrong.append(f"{checks} comments begin as checks, and {hidden} run; write <!-- check and --> on lines of their own, at the margin")
+    if len(cells) - hidden != shown:
+        wrong.append(f"{shown} blocks of Python are shown, and {len(cells) - hidden} run; write ```python and ``` at the margin")
+    return wrong
+
+
 def run(page, pictures):
     """Runs one page, prints what its cells print, and writes their pictures into a folder."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
+    if wrong := complaints(Path(page).read_text()):
+        sys.exit("\n".join(f"{page}: {each}" for each in wrong))
     notebook, began = read(Path(page).read_text()), time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ import pytest
 import fmjax
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs" / "extensions"))
+
+import reference
+
 PAGE = ROOT / "docs" / "formulas.md"
 CHAPTERS = sorted(module.name for module in pkgutil.iter_modules(fmjax.__path__))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -26,6 +31,17 @@ def library_names(text):
     """Every `chapter.name` inside a span of code."""
     pattern = re.compile(rf"(?<![\w./])(?:{'|'.join(CHAPTERS)})(?:\.[A-Za-z_]\w*)+")
     return sorted({name for span in re.findall(r"`([^`\n]+)`", text) for name in pattern.findall(span) if not name.endswith(".py")})
+
+
+def cells(*columns):
+    """What the page's tables have in columns of these names, cell by cell."""
+    found, head = [], None
+    for line in PAGE.read_text().splitlines():
+        row = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] if line.startswith("|") else None
+        if row and head:
+            found += [cell for name, cell in zip(head, row, strict=True) if name in columns]
+        head = row and (head or row)
+    return found
 
 
 def cases_in(file):
@@ -44,8 +60,25 @@ def test_the_library_has_what_the_page_names():
     assert not missing, f"docs/formulas.md names what fmjax has not: {missing}"
 
 
+def test_functions_of_the_page_are_of_the_library():
+    """Every span of code in their columns: a name of fmjax or of jax, or a parameter of one beside it."""
+    unknown = []
+    for cell in cells("fmjax", "function"):
+        parameters = set()
+        for span in re.findall(r"`([^`]+)`", cell):
+            try:
+                value = pkgutil.resolve_name(span if span.startswith("jax.") else f"fmjax.{span}")
+                parameters |= set(inspect.signature(value).parameters) if callable(value) else set()
+            except (AttributeError, ImportError, ValueError):
+                unknown += [span] if span not in parameters else []
+    assert not unknown, f"docs/formulas.md has {unknown} for functions: write each as `chapter.name`"
+
+
 def test_the_tests_that_the_page_names_exist():
-    cited = sorted(set(re.findall(r"(test_\w+\.py)::(\w+)", PAGE.read_text())))
+    spans = [span for cell in cells("test", "decided by", "held by") for span in re.findall(r"`([^`]+)`", cell)]
+    wrong = [span for span in spans if not re.fullmatch(r"test_\w+\.py::test_\w+", span)]
+    assert not wrong, f"docs/formulas.md has {wrong} for tests: write each as `test_file.py::test_name`"
+    cited = sorted(set(re.findall(r"(\w+\.py)::(\w+)", PAGE.read_text())))
     assert len(cited) > 40
     tests = {file.name: cases_in(file) for file in (ROOT / "tests").glob("test_*.py")}
     missing = [f"{file}::{test}" for file, test in cited if test not in tests.get(file, ())]
@@ -62,6 +95,23 @@ def test_the_page_names_every_function(chapter):
     }
     missing = sorted(public - set(library_names(PAGE.read_text())))
     assert not missing, f"docs/formulas.md has no row for {missing}: add one, with the formula and its test"
+
+
+def has_equation(module, value):
+    """Whether a docstring has a line that the reference sets as an equation, with two sides."""
+    doc = re.split(r"^(?:Args|Returns|Raises):$", inspect.getdoc(value) or "", flags=re.MULTILINE)[0]
+    names = {name for name in vars(module) if name[0] != "_"} | set(getattr(value, "__annotations__", ()))
+    names |= set(inspect.signature(value).parameters) if inspect.isfunction(value) else set()
+    return any(" = " in line and reference._equation(line, names) for line in doc.splitlines())
+
+
+@pytest.mark.parametrize("chapter", sorted(name for name, kind in reference.documented().items() if kind == "module"))
+def test_the_page_has_every_equation_of_a_docstring(chapter):
+    module = importlib.import_module(chapter)
+    short = chapter.removeprefix("fmjax.")
+    with_one = {f"{short}.{name}" for name, value in reference.public_names(module) if has_equation(module, value)}
+    missing = sorted(with_one - set(library_names(PAGE.read_text())))
+    assert not missing, f"docs/formulas.md has no row for {missing}, which have equations: add one, with the formula and its test"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))

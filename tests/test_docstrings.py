@@ -1,6 +1,7 @@
 """Docstrings: chapters list what is public, Args are the parameters, fields are documented, and programs run."""
 
 import ast
+import builtins
 import dataclasses
 import importlib
 import inspect
@@ -31,6 +32,18 @@ import equations
 FOLDERS = {"models": importlib.import_module("fmjax.models"), "data": importlib.import_module("fmjax.data")}
 CHAPTERS = [name for name in fmjax.__all__ if name not in FOLDERS]
 CHAPTERS += [f"{folder}.{name}" for folder, package in FOLDERS.items() for name in package.__all__]
+# Names without an underscore that no chapter lists.
+UNLISTED = {
+    # Helpers that several chapters share.
+    "parallel": {"anywhere"},
+    "paths": {"fits", "on_states"},
+    "states": {"example_shape"},
+    "models.conditions": {"embed"},
+    "models.layers": {"as_matrix", "batch_times", "by", "check_labels", "described", "require_images"},
+    # Parts of a network, after which flax names parameters.
+    "models.dit": {"Attention", "Block", "ContextTokens", "Patches"},
+    "models.unet": {"Conv", "PixelAttention", "Residual"},
+}
 # The page of formulas has rows for helpers, too.
 DOCUMENTS = [ROOT / "README.md", *(page for page in (ROOT / "docs").rglob("*.md") if page.name != "formulas.md")]
 
@@ -71,6 +84,34 @@ def test_a_chapter_lists_its_public_names(name):
     used = {each for page in DOCUMENTS for each in re.findall(rf"(?<![\w/]){name.split('.')[-1]}\.(\w+)", page.read_text())}
     ours = {each for each in used if getattr(getattr(chapter, each, None), "__module__", "").startswith(chapter.__name__)}
     assert ours <= set(chapter.__all__)
+    own = {each for each, value in vars(chapter).items() if str(getattr(value, "__module__", "")).startswith(chapter.__name__)}
+    unlisted = {each for each in own - set(chapter.__all__) if each[0] != "_"}
+    assert unlisted == UNLISTED.get(name, set()), "list them in `__all__`, or let them begin with an underscore"
+
+
+def test_names_that_no_chapter_lists_are_shared_between_files():
+    """Else a new function could stand in a file of a chapter, neither public nor private. A chapter in one file has the test above."""
+    trees = {file: ast.parse(file.read_text()) for folder in ("fmjax", "benchmarks") for file in (ROOT / folder).rglob("*.py")}
+    users = {}
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            # `from fmjax.sampling.checks import takes`, or `checks.takes`.
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for each in node.names:
+                    users.setdefault((node.module.split(".")[-1], each.name), set()).add(file)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                users.setdefault((node.value.id, node.attr), set()).add(file)
+    alone = []
+    for file, tree in trees.items():
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if not module.startswith("fmjax.") or module.removeprefix("fmjax.") in CHAPTERS or file.stem == "__init__":
+            continue
+        listed = importlib.import_module(module.rpartition(".")[0]).__all__
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_" and node.name not in listed:
+                elsewhere = users.get((file.stem, node.name), set()) - {file}
+                alone += [] if elsewhere else [f"{module}.{node.name}"]
+    assert not alone, f"only their own files use {alone}: list them in their chapter's `__all__`, or let them begin with an underscore"
 
 
 def gives(function):
@@ -87,11 +128,40 @@ def gives(function):
     return False
 
 
+def sections(doc):
+    """The head of each section -> what is in it."""
+    _, *parts = re.split(r"^(Args|Returns|Raises):$", doc or "", flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def raised(function):
+    """The errors that a function's own statements raise by name; those of functions in it are raised later."""
+    found, inner = set(), list(ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].body)
+    while inner:
+        node = inner.pop()
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            named = ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+            error = function.__globals__.get(named, getattr(builtins, named, None))
+            found |= {error} if inspect.isclass(error) and issubclass(error, BaseException) else set()
+        inner += [] if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef) else ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize(("name", "function", "doc"), FUNCTIONS, ids=[name for name, *_ in FUNCTIONS])
+def test_raises_are_errors_and_all_that_a_function_raises(name, function, doc):
+    own = {full.rpartition(".")[2]: value for full, value in CLASSES.items()}
+    lines = re.findall(r"^ {2}(?! )(.*)$", sections(doc).get("Raises", ""), re.MULTILINE)
+    named = [each for line in lines for each in line.partition(":")[0].split(", ")]
+    errors = [own.get(each, getattr(builtins, each, None)) for each in named]
+    wrong = [each for each, error in zip(named, errors, strict=True) if not (inspect.isclass(error) and issubclass(error, BaseException))]
+    assert not wrong, f"Raises of {name} names {wrong}, which are neither Python's errors nor the library's"
+    missing = [error.__name__ for error in raised(function) if not issubclass(error, tuple(errors))]
+    assert not missing, f"{name} raises {missing}: list them in Raises"
+
+
 @pytest.mark.parametrize(("name", "function", "doc"), FUNCTIONS, ids=[name for name, *_ in FUNCTIONS])
 def test_args_are_the_parameters(name, function, doc):
-    # The head of each section, and what is in it.
-    _, *parts = re.split(r"^(Args|Returns|Raises):$", doc or "", flags=re.MULTILINE)
-    parts = dict(zip(parts[::2], parts[1::2], strict=True))
+    parts = sections(doc)
     first = (doc or "").partition("\n\n")[0]
     assert re.search(r"\S[.:)]$", first), "a docstring begins with a sentence"
     assert not re.search(r"\w (=|~|<-) \w", re.sub(r"`[^`]*`|\([^()]*\)", "", first)), "an equation has a line of its own"

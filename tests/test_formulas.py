@@ -1,5 +1,6 @@
 """Every displayed formula of the course notes has its row in docs/formulas.md, and every row its function, its test and its lesson."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "formulas.md").read_text()
 INDEX = json.loads((ROOT / "tests" / "notes.json").read_text())
+# Of its fingerprints and rows, which nothing else holds where the notes are not at hand.
+INDEX_SHA256 = "b96e141f119203d9e3f7bdf34e28bdb465b2ee8a99b0da2fb3850665bd5c2e8f"
 # Rows of what the notes say in a sentence, in a figure, or inside a line.
 IN_WORDS = {6, 34, 45, 59, 70, 76, 77}
 
@@ -38,6 +41,14 @@ def test_every_displayed_formula_has_a_row():
     used = {row for formulas in INDEX.values() for _, rows in formulas for row in rows}
     assert used <= set(ROWS)
     assert set(ROWS) - used == IN_WORDS
+
+
+def test_the_index_is_as_it_was_compared():
+    found = hashlib.sha256(json.dumps(INDEX, sort_keys=True).encode()).hexdigest()
+    assert found == INDEX_SHA256, (
+        "tests/notes.json has changed: compare it with the notes by `make test NOTES=folder ARGS='-k formulas'`, and each new row with "
+        f'its formula by `python tests/notes_formulas.py folder`; then let INDEX_SHA256 be "{found}"'
+    )
 
 
 @pytest.mark.parametrize("number", ROWS)

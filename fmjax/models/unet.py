@@ -34,7 +34,7 @@ _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _zeros = nn.initializers.zeros_init()
 
 
-def convolve(x, kernel, stride=1) -> chex.ArrayDevice:
+def _convolve(x, kernel, stride=1) -> chex.ArrayDevice:
     """A convolution 3 wide with a border of zeros. A stride of 2 begins at the first pixel, as PyTorch's does and "SAME" does not.
 
     Args:
@@ -51,7 +51,7 @@ def convolve(x, kernel, stride=1) -> chex.ArrayDevice:
 
 
 class Conv(nn.Module):
-    """`convolve` and a bias."""
+    """`_convolve` and a bias."""
 
     channels: int
     stride: int = 1
@@ -63,7 +63,7 @@ class Conv(nn.Module):
         shape = (*(3,) * (h.ndim - 2), h.shape[-1], self.channels)
         kernel = jnp.asarray(self.param("kernel", layers.as_matrix(self.kernel_init), shape), self.dtype)
         bias = jnp.asarray(self.param("bias", _zeros, (self.channels,)), self.dtype)
-        return convolve(h.astype(self.dtype), kernel, self.stride) + bias.reshape((1,) * (h.ndim - 1) + (-1,))
+        return _convolve(h.astype(self.dtype), kernel, self.stride) + bias.reshape((1,) * (h.ndim - 1) + (-1,))
 
 
 def _halve(h):

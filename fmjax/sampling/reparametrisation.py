@@ -46,7 +46,7 @@ def elapsed(start, end) -> chex.ArrayDevice:
     return jnp.where(start.data < 0.5, end.data - start.data, start.noise - end.noise)
 
 
-def between(start, step, share) -> Position:
+def _between(start, step, share) -> Position:
     """The position a share of a step after a start."""
     return Position(start.data + share * step, start.noise - share * step)
 
@@ -100,7 +100,7 @@ def anywhere(condition) -> chex.ArrayDevice:
     return condition.any() if jnp.ndim(condition) else condition
 
 
-def where_known(condition, value, other) -> chex.ArrayDevice:
+def _where_known(condition, value, other) -> chex.ArrayDevice:
     """The value at the coordinates of a joint path where a condition holds, inside a branch that one path takes where it does."""
     return jnp.where(condition, value, other) if jnp.ndim(condition) else value
 
@@ -156,14 +156,14 @@ def basis_weights(variable, nodes, known, start, end, kernel) -> chex.ArrayDevic
     gaps = jnp.where(others, offsets[:, None] - offsets[None, :], 1)
 
     shares = jnp.asarray(NODES, step.dtype)
-    k, moves = jax.jvp(lambda share: variable(between(origin, within, share), origin), (shares,), (jnp.ones_like(shares),))
+    k, moves = jax.jvp(lambda share: variable(_between(origin, within, share), origin), (shares,), (jnp.ones_like(shares),))
     # l_j is a product, whose derivative is the sum of what is left where one factor after the other gives way to its own.
     away = (k[:, None] - offsets[None])[:, None, :]
     factors = jnp.concatenate([k[:, None, None] / offsets[None, :, None], jnp.where(others[None], away / gaps[None], 1)], -1)
     rates = jnp.concatenate([1 / offsets[:, None], jnp.where(others, 1 / gaps, 0)], -1)
     rest = jnp.where(np.eye(len(known) + 1, dtype=bool)[None, None], 1, factors[:, :, None, :]).prod(-1)
     slopes = moves[:, None] * (rates[None] * rest).sum(-1)
-    areas = jnp.asarray(WEIGHTS, step.dtype) * kernel(between(start, step, shares), shares)
+    areas = jnp.asarray(WEIGHTS, step.dtype) * kernel(_between(start, step, shares), shares)
     return jnp.where(known, jnp.matmul(areas, slopes, precision="highest"), 0)
 
 
@@ -235,7 +235,7 @@ def edm_heun(path) -> PathStep:
             return end + change / 2 * (noise(field(end, s), end, s) - noise(u, x, t))
 
         known = (path.beta(s) > 0) & (path.alpha(t) > 0)
-        return lax.cond(anywhere(known), lambda: where_known(known, corrected(), end), lambda: end)
+        return lax.cond(anywhere(known), lambda: _where_known(known, corrected(), end), lambda: end)
 
     return PathStep(path, step)
 
@@ -268,6 +268,6 @@ def path_heun(path) -> PathStep:
             return leave(path, x, z, gone / 2 * (slope + enter(path, field, end, s)[1]), t, dt)
 
         known = there.noise > 0
-        return lax.cond(anywhere(known), lambda: where_known(known, corrected(), end), lambda: end)
+        return lax.cond(anywhere(known), lambda: _where_known(known, corrected(), end), lambda: end)
 
     return PathStep(path, step)

@@ -3,15 +3,17 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from fmjax import guidance, inverse, likelihood, losses, marginals, paths, sampling, states, targets, times
+from fmjax import bridges, guidance, inverse, likelihood, losses, marginals, paths, sampling, states, targets, times
 
 if TYPE_CHECKING:
-    from fmjax import checkpoints, data, export, metrics, models, parallel, plots, training
+    from fmjax import checkpoints, couplings, data, export, metrics, models, parallel, plots, training
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "bridges",
     "checkpoints",
+    "couplings",
     "data",
     "export",
     "guidance",

@@ -36,6 +36,7 @@ from fmjax import checks, states
 __all__ = [
     "Path",
     "Linear",
+    "Lipman",
     "Cosine",
     "VariancePreserving",
     "Polynomial",
@@ -92,6 +93,34 @@ class Linear:
     def beta(self, t) -> chex.ArrayDevice:
         """beta_t, like t."""
         return 1 - t
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lipman:
+    """The linear path that keeps some noise at data: p_1(x | x_1) is narrow, not a point.
+
+    alpha_t = t,  beta_t = 1 - (1 - sigma_min) t    (Lipman et al. 2023, arXiv:2210.02747, eq. 20)
+
+    Samples end at data with noise of standard deviation `sigma_min`.
+
+    Raises:
+      ValueError: if `sigma_min` is below 0.
+    """
+
+    sigma_min: float = 1e-4
+    """The noise at data, at least 0, where the path is `Linear`."""
+
+    def __post_init__(self):
+        checks.setting("sigma_min", self.sigma_min, "the noise that is left at data")
+
+    def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t, like t."""
+        return t
+
+    def beta(self, t) -> chex.ArrayDevice:
+        """beta_t, like t."""
+        return 1 - (1 - self.sigma_min) * t
 
 
 @jax.tree_util.register_dataclass

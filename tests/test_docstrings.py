@@ -20,7 +20,7 @@ import optax
 import pytest
 
 import fmjax
-from fmjax import checkpoints, export, losses, marginals, parallel, paths, plots, sampling, times, training
+from fmjax import bridges, checkpoints, export, losses, marginals, parallel, paths, plots, sampling, times, training
 from fmjax.data import images, latents, pipeline
 from fmjax.models import dit, mlp, unet
 
@@ -68,8 +68,8 @@ def functions():
         if value in (sampling.DiffusionStep, checkpoints.Checkpointer):
             yield name, own["__init__"], inspect.getdoc(value)
         for each, method in own.items():
-            # What the two methods of a path take, the protocol says.
-            if each[0] != "_" and (each not in ("alpha", "beta") or value in (paths.Path, paths.Joint)):
+            # What the methods of a path or a bridge take, the protocols say.
+            if each[0] != "_" and (each not in ("alpha", "beta", "gamma") or value in (paths.Path, paths.Joint, bridges.Bridge)):
                 yield f"{name}.{each}", method, inspect.getdoc(method)
 
 

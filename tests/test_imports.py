@@ -13,8 +13,22 @@ import fmjax
 
 ROOT = Path(__file__).parents[1]
 # A chapter imports those before it. The first ones stand on JAX alone, the next on Flax too, the last on Optax and Orbax.
-JAX = ["checks", "files", "states", "paths", "targets", "marginals", "times", "losses", "sampling", "guidance", "inverse", "likelihood"]
-CHAPTERS = [*JAX, *["models", "metrics", "data", "training", "parallel", "checkpoints", "export", "plots"]]
+JAX = [
+    "checks",
+    "files",
+    "states",
+    "paths",
+    "targets",
+    "marginals",
+    "times",
+    "losses",
+    "bridges",
+    "sampling",
+    "guidance",
+    "inverse",
+    "likelihood",
+]
+CHAPTERS = [*JAX, *["models", "metrics", "data", "training", "parallel", "couplings", "checkpoints", "export", "plots"]]
 APART = "experiments", "benchmarks", "tests"
 
 
@@ -61,7 +75,7 @@ def test_every_public_name_is_found_by_completion():
         if hasattr(module, "__path__"):
             assert listed is not None, f"fmjax/{chapter}/__init__.py lists its public names"
             assert set(listed) <= set(dir(module))
-    with pytest.raises(AttributeError, match="fmjax has no chapter 'solvers': the chapters are checkpoints, "):
+    with pytest.raises(AttributeError, match="fmjax has no chapter 'solvers': the chapters are bridges, checkpoints, "):
         assert fmjax.solvers
 
 

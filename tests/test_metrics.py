@@ -320,3 +320,44 @@ def test_projections_are_counted(projections):
 def test_keys_are_typed(key, given):
     with pytest.raises(TypeError, match=rf"key has dtype {given}, but keys are typed: make one with jax.random.key\(seed\)"):
         metrics.sliced_wasserstein(key, draw(0, 3, 2), draw(1, 3, 2))
+
+
+def circle(turns, n=400):
+    angle = 2 * np.pi * turns * np.linspace(0, 1, n + 1)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1)[:, None]
+
+
+def test_the_way_of_a_circle_and_of_a_line():
+    grid = np.linspace(0, 1, 401)
+    line = grid[:, None, None] * np.array([[3.0, 4.0]])
+    np.testing.assert_allclose(metrics.path_length(circle(1)), 2 * np.pi, rtol=1e-4)
+    np.testing.assert_allclose(metrics.path_energy(circle(1), grid), (2 * np.pi) ** 2, rtol=1e-4)
+    # |v - 0|^2, since it ends where it began.
+    np.testing.assert_allclose(metrics.straightness(circle(1), grid), (2 * np.pi) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(metrics.curvature(circle(1)), 2 * np.pi, rtol=5e-3)
+    for metric, value in ((metrics.path_length, 5), (metrics.curvature, 0)):
+        np.testing.assert_allclose(metric(line), value, atol=1e-2)
+    np.testing.assert_allclose(metrics.path_energy(line, grid), 25, rtol=1e-4)
+    np.testing.assert_allclose(metrics.straightness(line, grid), 0, atol=1e-5)
+    # At another speed it is as long, but takes more energy: int (2 t 5)^2 dt = 100 / 3.
+    late = grid[:, None, None] ** 2 * np.array([[3.0, 4.0]])
+    np.testing.assert_allclose(metrics.path_energy(late, grid), 100 / 3, rtol=1e-3)
+    np.testing.assert_allclose(metrics.straightness(late, grid), 25 / 3, rtol=1e-3)
+    np.testing.assert_allclose(metrics.normalized_path_energy(late, grid, 5.0), 1 / 3, rtol=1e-3)
+    np.testing.assert_allclose(metrics.normalized_path_energy(line, grid, 5.0), 0, atol=1e-4)
+    # Two in a batch, of images, one of which stays.
+    both = np.stack([np.zeros((401, 2)), line[:, 0]], axis=1).reshape(401, 2, 1, 2, 1)
+    np.testing.assert_allclose(metrics.path_length(both), [0, 5], atol=1e-3)
+    np.testing.assert_allclose(metrics.curvature(both), 0, atol=1e-2)
+
+
+def test_ways_of_other_shapes_are_named():
+    for call, said in (
+        (lambda: metrics.path_length(np.zeros((5, 2))), r"trajectory has shape \(5, 2\), but it is of states on the way"),
+        (lambda: metrics.path_length(np.zeros((1, 5, 2))), r"trajectory has shape \(1, 5, 2\)"),
+        (lambda: metrics.path_energy(np.zeros((3, 5, 2)), np.linspace(0, 1, 4)), r"times has shape \(4,\), .* the 3 states"),
+        (lambda: metrics.straightness(np.zeros((3, 5, 2)), np.zeros(3)), "times"),
+        (lambda: metrics.normalized_path_energy(np.zeros((3, 5, 2)), np.linspace(0, 1, 3), 0.0), "distance is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()

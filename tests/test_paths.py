@@ -228,3 +228,14 @@ def test_time_at_keeps_to_the_path_and_to_single_precision(path):
     assert 0 <= paths.time_from_signal_fraction(path, 0.0) < 1e-3
     t = jnp.linspace(0.05, 0.95, 31)
     np.testing.assert_allclose(paths.time_from_signal_fraction(path, path.alpha(t) / (path.alpha(t) + path.beta(t))), t, atol=3e-5)
+
+
+def test_lipmans_path_keeps_its_noise_at_data():
+    path = paths.Lipman(0.1)
+    np.testing.assert_allclose((path.alpha(1.0), path.beta(1.0), path.alpha(0.0), path.beta(0.0)), (1, 0.1, 0, 1), rtol=1e-6)
+    t = jnp.array([0.3, 1.0])
+    x_0, x_1 = jnp.ones((2, 1)), jnp.full((2, 1), 3.0)
+    # u_t(x | x_1) = (x_1 - (1 - sigma) x) / (1 - (1 - sigma) t), eq. 21 of Lipman et al. 2023.
+    x = paths.interpolate(path, x_0, x_1, t)
+    np.testing.assert_allclose(paths.conditional_velocity(path, x, x_1, t), (x_1 - 0.9 * x) / (1 - 0.9 * t[:, None]), rtol=1e-5)
+    np.testing.assert_allclose(paths.interpolate(paths.Lipman(0.0), x_0, x_1, t), paths.interpolate(paths.Linear(), x_0, x_1, t), rtol=1e-6)

@@ -711,6 +711,13 @@ ELSEWHERE = {
     "rows and numbers, which conversions call": {f"targets.{name}" for name in ["velocity", "score", "noise", "data", "v"]}
     | {"paths.signal_fraction"},
     "variables, which solvers call": {"sampling.log_snr"},
+    "in test_metrics.py": {
+        f"metrics.{name}" for name in ["path_length", "path_energy", "straightness", "curvature", "normalized_path_energy"]
+    },
+    "in test_bridges.py and test_couplings.py": {
+        *(f"bridges.{name}" for name in ["interpolate", "flow", "conditional_velocity", "conditional_score", "score"]),
+        *(f"couplings.{name}" for name in ["independent", "optimal", "partial", "sinkhorn", "draw", "reflow"]),
+    },
     "files and devices, in test_training.py, test_parallel.py and test_checkpoints.py": {
         *(f"training.{name}" for name in ["check_position", "check_run", "check_state", "fit", "json_lines", "tensorboard"]),
         *(
@@ -733,7 +740,7 @@ ELSEWHERE = {
         "parallel.require_memory",
     },
 }
-CHAPTERS = "paths targets losses times sampling guidance inverse marginals metrics likelihood training parallel"
+CHAPTERS = "paths targets losses times sampling guidance inverse marginals metrics likelihood training parallel bridges couplings"
 
 
 def outcome(call, argument, value):

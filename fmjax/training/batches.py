@@ -10,8 +10,9 @@ class Batches:
     def __init__(self, batches: Any, position, step):
         # Without data every step is where the next one is, as with a function of the step.
         batches = (lambda n: None) if batches is None else batches
-        if hasattr(batches, "shape") or isinstance(batches, dict):
-            given = f"an array of shape {batches.shape}" if hasattr(batches, "shape") else "a dict"
+        shape = getattr(batches, "shape", None)
+        if shape is not None or isinstance(batches, dict):
+            given = "a dict" if shape is None else f"an array of shape {shape}"
             raise TypeError(
                 f"batches is {given}, but it is an iterable of batches or a function of the step: lambda n: "
                 "jax.random.choice(jax.random.fold_in(key, n), data, (256,)) draws from one array."

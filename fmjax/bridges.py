@@ -117,7 +117,7 @@ class Constant:
 class Interpolant:
     """A path with any noise.
 
-    gamma_t is any function of t, differentiable between the ends    (Albergo et al. 2023, arXiv:2303.08797)
+    gamma_t is any function of t, differentiable between the ends (Albergo et al. 2023, arXiv:2303.08797).
 
     Raises:
       TypeError: if the noise is no function.
@@ -264,7 +264,9 @@ def conditional_score(bridge, x, x_0, x_1, t) -> Any:
 def score(bridge, noise_field) -> Field:
     """The score that belongs to a field of the noise.
 
-    s_t(x) = -E[z | x_t = x] / gamma_t        the mean of (2) over the bridges through x
+    s_t(x) = -(1 / gamma_t) E[z | x_t = x]
+
+    which is the mean of (2) over the bridges through x.
 
     Args:
       bridge: anything with a `path` and `gamma(t)`.

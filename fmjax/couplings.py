@@ -3,11 +3,10 @@
 In a batch noise i meets datum j_i. As they are drawn, j_i = i and the two are independent: paths cross, and where they do the field bends.
 The batch's optimal transport,
 
-    j = argmin over permutations of sum_i |x_0[i] - x_1[j_i]|^2        (1)
-    (Pooladian et al. 2023, arXiv:2304.14772; Tong et al. 2023, arXiv:2302.00482)
+    j = argmin_j sum_i |x_0^i - x_1^(j_i)|^2        (1) (Pooladian et al. 2023, arXiv:2304.14772)
 
-uses every example once and keeps both distributions, and paths cross less the larger the batch is, so that few steps follow the field. A
-coupling gives indices, by which anything of any structure follows:
+over permutations (Tong et al. 2023, arXiv:2302.00482), uses every example once and keeps both distributions, and paths cross less the
+larger the batch is, so that few steps follow the field. A coupling gives indices, by which anything of any structure follows:
 
     j = couplings.optimal(x_0, x_1)
     x_1, y = jax.tree.map(lambda leaf: leaf[j], (x_1, y))
@@ -15,7 +14,7 @@ coupling gives indices, by which anything of any structure follows:
 With conditions (1) does harm: noise then says what the condition is, and a model that is asked for one condition starts from noise that it
 has never seen with it. The cost that sees conditions,
 
-    |x_0[i] - x_1[j]|^2 + w |y_i - y_j|^2        (2) (Cheng and Schwing 2025, arXiv:2503.10636)
+    |x_0^i - x_1^j|^2 + w |y^i - y^j|^2        (2) (Cheng and Schwing 2025, arXiv:2503.10636)
 
 takes noise i for that of the condition beside it, of which it is independent; labels, with w infinite, are never exchanged for others.
 """
@@ -40,9 +39,7 @@ __all__ = ["independent", "optimal", "partial", "sinkhorn", "draw", "reflow"]
 
 
 def independent(key, n) -> chex.ArrayDevice:
-    """The coupling that knows nothing: a random order, for two sets that come paired.
-
-    j = a permutation, each as likely
+    """The coupling that knows nothing, for two sets that come paired: a random order, all alike likely.
 
     Args:
       key: a typed key.
@@ -227,7 +224,7 @@ def _solve(x_0, x_1, labels, prices, lost):
 def partial(x_0, x_1, count) -> tuple[np.ndarray, np.ndarray]:
     """The so many pairs of least cost, of two sets of any sizes; what is far from everything stays alone.
 
-    (i, j) = argmin sum over count pairs of |x_0[i] - x_1[j]|^2        (3) (Chapel et al. 2020, arXiv:2002.08276)
+    (i, j) = argmin sum_n |x_0^(i_n) - x_1^(j_n)|^2        (3) (Chapel et al. 2020, arXiv:2002.08276)
 
     What is left out of a batch of data is not learnt: it is for data with outliers. Not for use under `jax.jit`.
 
@@ -262,7 +259,7 @@ def partial(x_0, x_1, count) -> tuple[np.ndarray, np.ndarray]:
 def sinkhorn(x_0, x_1, epsilon, *, keep: tuple[float, float] = (1.0, 1.0), iterations: int = 10_000, tolerance: float = 1e-3) -> Any:
     """The entropic plan of a batch, on the device, by ott-jax (`pip install 'fmjax[couplings]'`).
 
-    argmin over plans P of sum_ij P_ij |x_0[i] - x_1[j]|^2 - epsilon H(P)        (4) (Cuturi 2013, arXiv:1306.0895)
+    P = argmin_P sum_ij P_ij |x_0^i - x_1^j|^2 - epsilon H(P)        (4) (Cuturi 2013, arXiv:1306.0895)
 
     The Schrödinger bridge of dX = sigma dW has epsilon = 2 sigma^2. Below 1 in `keep`, a marginal may be given up, more the less it is
     (unbalanced transport, Chizat et al. 2018, arXiv:1607.05816). `draw` pairs by it.
@@ -344,7 +341,7 @@ def draw(key, plan, n=None) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
 def reflow(sampler, key, n, *, chunk, file=None, mesh=None, progress=True) -> Any:
     """Noise and its own samples, to train on again: their paths cross no more, so the field that learns them is straighter.
 
-    (x_0, X_1) with X_1 the end of the flow that begins at x_0    (Liu et al. 2022, arXiv:2209.03003)
+    Liu et al. 2022, arXiv:2209.03003.
 
     Args:
       sampler: (keys (chunk,), indices (chunk,)) -> a pytree of arrays (chunk, ...), as `parallel.sample` takes it: noise, its samples and

@@ -307,7 +307,7 @@ def straightness(trajectory, times) -> chex.ArrayDevice:
 def curvature(trajectory) -> chex.ArrayDevice:
     """How much the way of each example turns in all, in radians: 0 for a straight line, 2 pi for a circle.
 
-    int |d^2 X / ds^2| ds = sum_i angle(X_i - X_{i-1}, X_{i+1} - X_i)        s the length of the way
+    sum_i angle(X_i - X_{i-1}, X_{i+1} - X_i)
 
     Args:
       trajectory: states on the way, (n + 1, B, ...).

@@ -11,7 +11,24 @@ import re
 GREEK = ["alpha", "beta", "gamma", "delta", "epsilon", "eta", "theta", "kappa", "lambda", "mu", "nu", "pi", "rho", "sigma", "tau", "phi"]
 GREEK += ["psi", "omega", "Delta", "Sigma", "Psi"]
 FUNCTIONS = ["exp", "log", "sin", "cos", "tan", "min", "max", "det"]
-OPERATORS = ["div", "tr", "sg", "silu", "gelu", "sigmoid", "logit", "softmax", "clip", "sign", "Unif", "Var", "Cov", "median"]
+OPERATORS = [
+    "div",
+    "tr",
+    "sg",
+    "silu",
+    "gelu",
+    "sigmoid",
+    "logit",
+    "softmax",
+    "clip",
+    "sign",
+    "angle",
+    "argmin",
+    "Unif",
+    "Var",
+    "Cov",
+    "median",
+]
 WORDS = {name: rf"\{name}" for name in (*GREEK, *FUNCTIONS)} | {name: rf"\operatorname{{{name}}}" for name in OPERATORS}
 WORDS |= {"grad": r"\nabla", "null": r"\varnothing", "infinity": r"\infty"}
 WORDS |= {name: rf"\text{{ {name} }}" for name in ("and", "for", "of", "over", "if", "else", "with", "where")}

@@ -12,7 +12,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test docs links lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel others gpu tpu-aot gpu-aot env lock clean
+.PHONY: demo test docs links lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel bench-couplings others gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +78,9 @@ bench-orders: $(READY)  ## how fast every step converges, and what noise does to
 
 bench-parallel: $(READY)  ## what the loop, the sharding and the checkpoints cost
 	$(RUN) -m benchmarks.parallel $(ARGS)
+
+bench-couplings: .venv.baselines/ready  ## couplings beside POT, and a paper's training beside torchcfm
+	.venv.baselines/bin/python -m benchmarks.couplings $(ARGS)
 
 others: .venv.baselines/ready  ## runs what docs/guides/from_other_libraries.md sets beside ours; hackable_diffusion from the PYTHONPATH
 	.venv.baselines/bin/python -m benchmarks.other_libraries $(ARGS)

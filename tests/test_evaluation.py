@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fmjax import losses, parallel, paths, sampling, training
@@ -141,3 +142,27 @@ def test_a_loss_by_time_of_an_evaluation():
 def test_wrong_evaluations_are_named(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_watched_numbers_are_those_of_the_average():
+    def loss(params, key, batch):
+        return ((params - batch) ** 2).mean()
+
+    step = training.make_step(loss, optax.sgd(0.1), ema_decay=0.5)
+    run = training.Run(training.init(jnp.zeros(2), optax.sgd(0.1)), KEY)
+    seen = []
+    watched = training.watch(lambda params: {"size": jnp.abs(params).sum(), "edge": params[0]}, every=2)
+    look = lambda run, metrics: seen.append(float(jnp.abs(run.state.ema).sum()))
+    run = training.fit(step, run, lambda n: jnp.ones(2), steps=8, log_every=2, progress=False, callbacks=[watched, look])
+    assert ["size" in metrics for metrics in run.history] == [True, False, True, False]
+    np.testing.assert_allclose([metrics["size"] for metrics in run.history if "size" in metrics], seen[::2], rtol=1e-6)
+    for function, error, said in (
+        (lambda params: params, TypeError, "gives .*, but it gives a dict of numbers"),
+        (lambda params: {"x": params}, TypeError, "dict of numbers"),
+        (lambda params: {"loss": params[0]}, ValueError, r"gives \['loss'\], which the metrics have already"),
+    ):
+        again = training.Run(training.init(jnp.zeros(2), optax.sgd(0.1)), KEY)
+        with pytest.raises(error, match=said):
+            training.fit(step, again, lambda n: jnp.ones(2), steps=1, progress=False, callbacks=[training.watch(function)])
+    with pytest.raises(TypeError, match="function is None"):
+        training.watch(None)

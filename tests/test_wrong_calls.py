@@ -714,6 +714,7 @@ ELSEWHERE = {
     "in test_metrics.py": {
         f"metrics.{name}" for name in ["path_length", "path_energy", "straightness", "curvature", "normalized_path_energy"]
     },
+    "in test_evaluation.py": {"training.watch"},
     "in test_bridges.py and test_couplings.py": {
         *(f"bridges.{name}" for name in ["interpolate", "flow", "conditional_velocity", "conditional_score", "score"]),
         *(f"couplings.{name}" for name in ["independent", "optimal", "partial", "sinkhorn", "draw", "reflow"]),

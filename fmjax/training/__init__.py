@@ -10,7 +10,7 @@ A step is one pure function `(state, key, batch) -> (state, metrics)`: compile i
 """
 
 from fmjax.training.ema import ema_exponent, post_hoc_ema, power_ema
-from fmjax.training.evaluation import Mean, evaluate, loss_by_time, per_example
+from fmjax.training.evaluation import Mean, evaluate, loss_by_time, per_example, watch
 from fmjax.training.logs import json_lines, tensorboard
 from fmjax.training.loop import fit
 from fmjax.training.run import PREEMPTED, Interrupted, NonFiniteLoss, Preempted, Run
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate",
     "per_example",
     "loss_by_time",
+    "watch",
     "Mean",
     "json_lines",
     "tensorboard",

@@ -14,6 +14,7 @@ Example i draws from `fold_in(key, i)`, so what is measured depends neither on t
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -200,3 +201,39 @@ def _in_bins(xp, losses, times, edges):
     squares = xp.where(inside, (losses - mean[bins])[None] ** 2, 0).sum(1)
     error = xp.sqrt(squares / (count - 1) / count)
     return mean, xp.where(count > 1, error, xp.nan), count
+
+
+def watch(function, *, every=1) -> Any:
+    """A callback for `fit` that adds numbers of the averaged parameters to the metrics, such as how straight the flow is.
+
+        def numbers(params):
+            saved = sampling.sample_ode(field(params), x_0, times, save=lambda x, t: x)[1]
+            mean, _, _ = training.loss_by_time(loss_of(params), t, jnp.linspace(0, 1, 5))
+            return {"straightness": metrics.straightness(saved, times).mean(), "loss at t = 0": mean[0], "loss at t = 1": mean[-1]}
+
+        run = training.fit(step, run, batches, steps=10_000, callbacks=[training.watch(numbers), training.json_lines("history.jsonl")])
+
+    Args:
+      function: params -> a dict of numbers; compiled once. It is given `run.state.ema`.
+      every: logs after which it is called, from the first on; those between have none of its numbers.
+    Returns:
+      A function `(run, metrics)`; it goes before callbacks that write metrics.
+    Raises:
+      TypeError: if the function is none; when it is called, if it gives no dict of numbers.
+      ValueError: if every is not a whole number of at least 1; when it is called, if a name is one of the metrics already.
+    """
+    checks.function("function", function, 'lambda params: {"straightness": ...}')
+    checks.whole("every", every, "after how many logs it is called")
+    compiled, calls = jax.jit(function), itertools.count()
+
+    def callback(run, metrics):
+        if next(calls) % every:
+            return
+        found = compiled(run.state.ema)
+        if not isinstance(found, dict) or any(jnp.size(value) != 1 for value in found.values()):
+            raise TypeError(f"The function that is watched gives {jax.tree.map(jnp.shape, found)}, but it gives a dict of numbers.")
+        if taken := found.keys() & metrics.keys():
+            raise ValueError(f"The function that is watched gives {sorted(taken)}, which the metrics have already: give other names.")
+        metrics.update({name: float(value) for name, value in found.items()})
+
+    return callback

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import aot, gpu, harness, other_libraries, parallel, sampling, solvers, train_step
+from benchmarks import aot, couplings, gpu, harness, other_libraries, parallel, sampling, solvers, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -64,6 +64,12 @@ def test_part_runs(part):
     found = finished(part(TINY))
     assert any(row["unit"] == "ratio" for row in found)
     assert all(row["value"] == 0 for row in found if row["name"].endswith("results"))
+
+
+def test_couplings_are_measured_beside_pot(monkeypatch):
+    monkeypatch.setattr(couplings, "SIZES", (40,))
+    (row,) = finished(couplings.assignment(TINY))
+    assert row["cost"] < 1e-5
 
 
 def test_what_solvers_add_is_measured(monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments import conditions, dynamics, gallery, images, predictions, run_folder, series, toy
+from experiments import conditions, dynamics, gallery, images, predictions, run_folder, series, sf2m_table, toy
 from fmjax import files, paths, training
 from fmjax.data import latents
 from fmjax.models import unet
@@ -97,10 +97,13 @@ def test_dynamics(tmp_path):
 @pytest.mark.parametrize(
     "parse",
     [
-        *(functools.partial(tyro.cli, experiment.Config) for experiment in (conditions, dynamics, gallery, predictions, series, toy)),
+        *(
+            functools.partial(tyro.cli, experiment.Config)
+            for experiment in (conditions, dynamics, gallery, predictions, series, sf2m_table, toy)
+        ),
         lambda args: images.parse(["digits", *args]),
     ],
-    ids=["conditions", "dynamics", "gallery", "predictions", "series", "toy", "images"],
+    ids=["conditions", "dynamics", "gallery", "predictions", "series", "sf2m_table", "toy", "images"],
 )
 def test_unknown_flags_are_refused(parse, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -505,6 +508,26 @@ def test_predictions_side_by_side(tmp_path, monkeypatch):
     x_1, y = data.draw(jax.random.key(0), 4)
     assert (x_1.shape, y[0].shape, len(data.labels[0])) == ((4, 8, 8, 1), (4,), 50)
     assert data.distance(np.asarray(data.draw(jax.random.key(0), 50)[0])) < 3
+
+
+def test_the_table_of_sf2m_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    for name, value in {"POINTS": 200, "BATCH": 32, "BATCHES": 3, "STEPS": 4}.items():
+        monkeypatch.setattr(sf2m_table, name, value)
+    config = sf2m_table.Config(tmp_path / "run", tasks=("n_to_moons",), seeds=2, epochs=2)
+    sf2m_table.main(config)
+    kept = json.loads((tmp_path / "run" / "done.json").read_text())
+    assert set(kept) == {f"n_to_moons, {name}" for name in ("data", "OT-CFM", "SF2M-Exact", "I-CFM", "FM")}
+    assert all(len(kept[name]["W2"]) == 2 for name in kept if name != "n_to_moons, data")
+    # Transport is straighter from the start: less energy than chance pairs.
+    assert np.mean(kept["n_to_moons, OT-CFM"]["NPE"]) < np.mean(kept["n_to_moons, I-CFM"]["NPE"])
+    train = sf2m_table.train
+    monkeypatch.setattr(sf2m_table, "train", lambda task, *rest: pytest.fail("again") if task == "n_to_moons" else train(task, *rest))
+    report = tmp_path / "report.json"
+    sf2m_table.main(dataclasses.replace(config, tasks=("n_to_moons", "moons_to_8gaussians"), results=report))
+    said = capsys.readouterr().out
+    assert "moons_to_8gaussians, SF2M-Exact" in said
+    assert "moons_to_8gaussians, FM" not in said
+    assert "n_to_moons, OT-CFM: published W2, mean" in report.read_text()
 
 
 def test_another_process_of_any_experiment_is_named(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from experiments import conditions, dynamics, gallery, images, predictions, run_folder, series, sf2m_table, toy
+from experiments import conditions, dynamics, gallery, images, predictions, run_folder, series, sf2m_table, snapshots, toy
 from fmjax import files, paths, training
 from fmjax.data import latents
 from fmjax.models import unet
@@ -99,11 +99,11 @@ def test_dynamics(tmp_path):
     [
         *(
             functools.partial(tyro.cli, experiment.Config)
-            for experiment in (conditions, dynamics, gallery, predictions, series, sf2m_table, toy)
+            for experiment in (conditions, dynamics, gallery, predictions, series, sf2m_table, snapshots, toy)
         ),
         lambda args: images.parse(["digits", *args]),
     ],
-    ids=["conditions", "dynamics", "gallery", "predictions", "series", "sf2m_table", "toy", "images"],
+    ids=["conditions", "dynamics", "gallery", "predictions", "series", "sf2m_table", "snapshots", "toy", "images"],
 )
 def test_unknown_flags_are_refused(parse, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -528,6 +528,15 @@ def test_the_table_of_sf2m_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "moons_to_8gaussians, SF2M-Exact" in said
     assert "moons_to_8gaussians, FM" not in said
     assert "n_to_moons, OT-CFM: published W2, mean" in report.read_text()
+
+
+def test_ways_through_snapshots(tmp_path):
+    snapshots.main(snapshots.Config(tmp_path, steps=150, count=200, batch=64))
+    report = read(tmp_path, ["trajectories.png", "config.json"])
+    assert len(report) == 14
+    left_out = "optimal: W2 at time 0.5, left out"
+    assert report["other individuals: W2 at time 0.5"] < report[left_out] < 1.5
+    assert 0 <= report["optimal: share that changes between the two branches after they parted"] < 0.5
 
 
 def test_another_process_of_any_experiment_is_named(tmp_path):

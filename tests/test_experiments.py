@@ -536,7 +536,7 @@ def test_ways_through_snapshots(tmp_path):
     assert len(report) == 14
     left_out = "optimal: W2 at time 0.5, left out"
     assert report["other individuals: W2 at time 0.5"] < report[left_out] < 1.5
-    assert 0 <= report["optimal: share that changes between the two branches after they parted"] < 0.5
+    assert report["optimal: energy of the way"] > 0
 
 
 def test_another_process_of_any_experiment_is_named(tmp_path):

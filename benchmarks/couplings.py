@@ -8,6 +8,8 @@
 and PyTorch, both on all cores.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -35,7 +37,7 @@ def assignment(config):
         def theirs(x=x, y=y, weights=weights):
             return ot.emd(weights, weights, ot.dist(x.astype(np.float64), y.astype(np.float64)), numItermax=100_000_000)
 
-        square = ot.dist(x.astype(np.float64), y.astype(np.float64))
+        square: Any = ot.dist(x.astype(np.float64), y.astype(np.float64))
         cost, other = square[np.arange(n), ours()].mean(), (theirs() * square).sum()
         seconds = harness.interleaved(config, [lambda call=call: call for call in (ours, theirs)]).mean((0, 1))
         yield harness.row(
@@ -49,8 +51,11 @@ def assignment(config):
 
 
 def training_(config):
-    import torch
-    from torchcfm import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
+    import torch  # pyright: ignore[reportMissingImports]
+    from torchcfm import (  # pyright: ignore[reportMissingImports]
+        ConditionalFlowMatcher,
+        ExactOptimalTransportConditionalFlowMatcher,
+    )
 
     data = toy.moons(jax.random.key(config.seed), 10_000)
     model, optimizer = mlp.MLP(hidden_size=64, depth=3, activation=nn.selu), optax.adamw(1e-3, weight_decay=1e-5)

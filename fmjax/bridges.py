@@ -158,10 +158,17 @@ def _on_bridge(bridge, t, **ends):
     return layout, ends, checks.times(checks.on_path(t), ends["x_1"])
 
 
+def _gamma(bridge, t):
+    gamma = bridge.gamma(t)
+    if jnp.shape(gamma) not in ((), jnp.shape(t)):
+        raise ValueError(f"gamma(t) of {bridge!r} has shape {jnp.shape(gamma)} for t of shape {jnp.shape(t)}, but it is like t.")
+    return gamma
+
+
 def _point(bridge, x_0, x_1, z, t):
     """(1), in float32 or wider."""
     wide = paths.lift(t, x_1)
-    return bridge.path.alpha(wide) * x_1 + bridge.path.beta(wide) * x_0 + bridge.gamma(wide) * z
+    return bridge.path.alpha(wide) * x_1 + bridge.path.beta(wide) * x_0 + _gamma(bridge, wide) * z
 
 
 def interpolate(bridge, x_0, x_1, z, t) -> Any:
@@ -198,7 +205,7 @@ def flow(bridge, x_0, x_1, z, t) -> tuple[Any, Any]:
       z: noise, like x_0.
       t: times in [0, 1], () or (B,).
     Returns:
-      x_t and u_t, each like x_1. u_t is infinite where the derivative of gamma or of the path is, as at both ends of `Brownian`.
+      x_t and u_t, each like x_1. u_t is not finite where the derivative of gamma or of the path is not, as at both ends of `Brownian`.
     Raises:
       TypeError: if an array is not of floats, or the bridge is none.
       ValueError: if the shapes differ, or t is neither one time nor one per example.
@@ -212,7 +219,7 @@ def flow(bridge, x_0, x_1, z, t) -> tuple[Any, Any]:
 def _noise_at(bridge, x, x_0, x_1, t):
     """The z whose bridge from x_0 to x_1 passes x at time t: (1) solved for z, for gamma_t > 0."""
     wide = paths.lift(t, x_1)
-    return (x - bridge.path.alpha(wide) * x_1 - bridge.path.beta(wide) * x_0) / bridge.gamma(wide)
+    return (x - bridge.path.alpha(wide) * x_1 - bridge.path.beta(wide) * x_0) / _gamma(bridge, wide)
 
 
 def conditional_velocity(bridge, x, x_0, x_1, t) -> Any:
@@ -228,7 +235,7 @@ def conditional_velocity(bridge, x, x_0, x_1, t) -> Any:
       x_1: the end, like x.
       t: times with gamma_t > 0, () or (B,).
     Returns:
-      u_t(x | x_0, x_1), like x_1; infinite where gamma_t = 0 unless x is there already.
+      u_t(x | x_0, x_1), like x_1; not finite where gamma_t = 0.
     Raises:
       TypeError: if an array is not of floats, or the bridge is none.
       ValueError: if the shapes differ, or t is neither one time nor one per example.
@@ -251,13 +258,13 @@ def conditional_score(bridge, x, x_0, x_1, t) -> Any:
       x_1: the end, like x.
       t: times with gamma_t > 0, () or (B,).
     Returns:
-      The score, like x_1; infinite where gamma_t = 0.
+      The score, like x_1; not finite where gamma_t = 0.
     Raises:
       TypeError: if an array is not of floats, or the bridge is none.
       ValueError: if the shapes differ, or t is neither one time nor one per example.
     """
     layout, ends, t = _on_bridge(bridge, t, x=x, x_0=x_0, x_1=x_1)
-    value = -_noise_at(bridge, **ends, t=t) / bridge.gamma(paths.lift(t, ends["x_1"]))
+    value = -_noise_at(bridge, **ends, t=t) / _gamma(bridge, paths.lift(t, ends["x_1"]))
     return value.astype(ends["x_1"].dtype) if layout is None else layout.unflatten(value, like=x_1)
 
 
@@ -280,6 +287,8 @@ def score(bridge, noise_field) -> Field:
     checks.function("noise_field", noise_field, checks.FIELD)
 
     def converted(x, t, noise_field):
-        return (-noise_field(x, t) / bridge.gamma(paths.lift(t, x))).astype(x.dtype)
+        noise, wide = noise_field(x, t), paths.lift(checks.on_path(t), x)
+        checks.like("The noise", noise, x)
+        return (-noise / _gamma(bridge, wide)).astype(x.dtype)
 
     return paths.on_states(converted, noise_field)

@@ -20,6 +20,7 @@ takes noise i for that of the condition beside it, of which it is independent; l
 """
 
 import concurrent.futures
+import json
 import math
 import os
 import warnings
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fmjax import checks, files, parallel, states
 
@@ -73,7 +75,8 @@ def optimal(x_0, x_1, *, y=None, weight: Any = None) -> Any:
       j, (B,), integers: x_0[i] goes with x_1[j[i]] and its condition y[j[i]]. A NumPy array, and one of JAX under `jax.jit`.
     Raises:
       TypeError: if an array is not of real floats, or conditions are neither labels nor vectors.
-      ValueError: if x_0 and x_1 differ in shape, an example is not finite, there is no weight for vectors or one for labels alone.
+      ValueError: if x_0 and x_1 differ in shape, an example or its vector is not finite, there is no weight for vectors, or one for
+        labels alone.
     """
     x_0, x_1 = _sides(x_0, x_1)
     if x_0.shape != x_1.shape:
@@ -82,11 +85,12 @@ def optimal(x_0, x_1, *, y=None, weight: Any = None) -> Any:
             "couplings.partial."
         )
     labels, vectors, weights = _conditions(y, weight, len(x_0))
-    prepared = _prepare(x_0, x_1, labels, vectors, weights)
-    if isinstance(prepared[0], Tracer):
+    # Indices have no derivative.
+    prepared = _prepare(*jax.lax.stop_gradient((x_0, x_1, labels, vectors, weights)))
+    if any(isinstance(part, Tracer) for part in jax.tree.leaves(prepared)):
         shape = jax.ShapeDtypeStruct((len(x_0),), jnp.int32)
         return jax.pure_callback(_solve_all, shape, *prepared, vmap_method="broadcast_all")
-    j = _solve(*prepared)
+    j = _solve_all(*prepared)
     return j if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(j))
 
 
@@ -103,9 +107,13 @@ def _sides(x_0, x_1):
 
 
 def _whole(array):
-    """An array that is divided among processes, in whole."""
-    if isinstance(array, jax.Array) and not isinstance(array, Tracer) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
+    """An array that is divided among devices or processes, in whole."""
+    if isinstance(array, Tracer):
+        mesh = jax.typeof(array).sharding.mesh
+        explicit = AxisType.Explicit in mesh.axis_types
+        return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec())) if explicit else array
+    if isinstance(array, jax.Array):
+        return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
     return array
 
 
@@ -120,6 +128,9 @@ def _conditions(y, weight, size):
         if leaf.ndim == 0 or leaf.shape[0] != size:
             raise ValueError(f"y{name} has shape {leaf.shape}, but there is a condition for each example, ({size}, ...).")
         if jnp.issubdtype(leaf.dtype, jnp.integer) or jnp.issubdtype(leaf.dtype, jnp.bool_):
+            if leaf.dtype.itemsize > 4 and not isinstance(leaf, Tracer):
+                # Of labels that int32 does not hold, which are equal matters alone.
+                leaf = np.unique(leaf, return_inverse=True)[1].reshape(leaf.shape)
             labels.append(leaf.reshape(size, -1))
         elif jnp.issubdtype(leaf.dtype, jnp.floating):
             given = names.pop(getattr(path[0], "key", None), None) if names is not None and path else weight
@@ -147,12 +158,15 @@ def _prepare(x_0, x_1, labels, vectors, weights):
     (2) is the squared distance of states that are longer by sqrt(w) y. The prices are near those of the optimal transport, by iterations of
     Sinkhorn's with an entropy that falls: less than a third of the search without them. Any prices lead to the same optimum.
     """
-    lost = tuple(~jnp.isfinite(side).all(1) for side in (x_0, x_1))
+    lost = (*(~jnp.isfinite(side).all(1) for side in (x_0, x_1)), sum(jnp.isinf(y).any(1) for y in vectors) + jnp.zeros(len(x_0), int))
+    # Squares of very large and very small numbers are not numbers of float32.
+    x_0, x_1 = (side / _largest(x_0, x_1) for side in (x_0, x_1))
     between = _mean_square(x_0, x_1)
     for vector, weight in zip(vectors, weights, strict=True):
         given = ~jnp.isnan(vector)
         labels = [*labels, given]
         vector = jnp.where(given, vector, 0).astype(x_0.dtype)
+        vector = vector / _largest(vector)
         among = _mean_square(vector, vector)
         scaled = vector * jnp.sqrt(weight * between / jnp.where(among > 0, among, 1))
         x_0, x_1 = jnp.concatenate([x_0, scaled], axis=1), jnp.concatenate([x_1, scaled], axis=1)
@@ -173,6 +187,12 @@ def _prepare(x_0, x_1, labels, vectors, weights):
     return x_0, x_1, labels, tuple(unit * price - square for price, square in zip(prices, squares, strict=True)), lost
 
 
+def _largest(*arrays):
+    """The largest number, or 1 where all are 0 or one is not finite."""
+    largest = jnp.stack([jnp.abs(array).max() for array in arrays]).max()
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+
+
 def _mean_square(x, y):
     """E |x_i - y_j|^2 over all pairs."""
     middle = x.mean(0, keepdims=True)
@@ -188,10 +208,12 @@ def _require_finite(name, lost):
 
 def _solve_all(*prepared):
     """The permutations of problems that `jax.vmap` put together, each in a thread: SciPy's search works beside others."""
-    axes = np.shape(prepared[0])[:-2]
+    # What JAX does in here would wait for what waits for this.
+    prepared = jax.tree.map(np.asarray, prepared)
+    axes = prepared[0].shape[:-2]
     if not axes:
         return _solve(*prepared)
-    flat = jax.tree.map(lambda part: np.asarray(part).reshape(math.prod(axes), *np.shape(part)[len(axes) :]), prepared)
+    flat = jax.tree.map(lambda part: part.reshape(math.prod(axes), *part.shape[len(axes) :]), prepared)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         orders = list(threads.map(lambda n: _solve(*jax.tree.map(lambda part: part[n], flat)), range(len(flat[0]))))
     return np.stack(orders).reshape(*axes, -1)
@@ -201,7 +223,7 @@ def _solve(x_0, x_1, labels, prices, lost):
     """The permutation, on the host, in float64: class by class."""
     from scipy.optimize import linear_sum_assignment
 
-    for name, each in zip(("x_0", "x_1"), lost, strict=True):
+    for name, each in zip(("x_0", "x_1", "y"), lost, strict=True):
         _require_finite(name, each)
     x_0, x_1 = (np.asarray(side, np.float64) for side in (x_0, x_1))
     # Those of numbers beyond float32 are not finite, and only make the search short.
@@ -289,12 +311,17 @@ def sinkhorn(x_0, x_1, epsilon, *, keep: tuple[float, float] = (1.0, 1.0), itera
         raise ImportError("couplings.sinkhorn needs ott-jax: pip install 'fmjax[couplings]'") from error
     x, y = _sides(x_0, x_1)
     checks.number("epsilon", epsilon, "the weight of the entropy, in the unit of the cost", least=0, above=True)
+    if not isinstance(keep, tuple | list) or len(keep) != 2:
+        raise ValueError(f"keep is {keep!r}, but it is two numbers, for the marginals of x_0 and of x_1: (1.0, 1.0) keeps both.")
     for side, kept in zip(("x_0", "x_1"), keep, strict=True):
         checks.number(f"keep of {side}", kept, "how strictly a marginal is kept", least=0, above=True, most=1)
     checks.whole("iterations", iterations, "how many iterations there are at most")
     checks.number("tolerance", tolerance, "the error of the marginals that is let pass", least=0, above=True)
     with jax.numpy_rank_promotion("allow"):
-        problem = linear_problem.LinearProblem(pointcloud.PointCloud(x, y, epsilon=epsilon), tau_a=keep[0], tau_b=keep[1])
+        # Distances are those of the points about one middle, which squares have more digits for.
+        middle = (x.mean(0, keepdims=True) + y.mean(0, keepdims=True)) / 2
+        points = pointcloud.PointCloud(x - middle, y - middle, epsilon=epsilon)
+        problem = linear_problem.LinearProblem(points, tau_a=keep[0], tau_b=keep[1])
         found = solver.Sinkhorn(threshold=tolerance, max_iterations=iterations)(problem)
         plan, converged = found.matrix, found.converged
     if not isinstance(converged, Tracer) and not converged:
@@ -315,7 +342,7 @@ def draw(key, plan, n=None) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
       plan: weights of all pairs, (N, M), at least 0, in proportion to probabilities.
       n: how many pairs; None for N, where each noise of a balanced plan is drawn once.
     Returns:
-      i and j, (n,) each, integers: x_0[i] goes with x_1[j].
+      i and j, (n,) each, integers: x_0[i] goes with x_1[j]. Under `jax.jit`, where a plan is not finite, N and M, which are no examples.
     Raises:
       TypeError: if the key is not typed.
       ValueError: if the plan is no matrix, or its weights are negative, not finite or all 0.
@@ -331,11 +358,16 @@ def draw(key, plan, n=None) -> tuple[chex.ArrayDevice, chex.ArrayDevice]:
         if not np.isfinite(known).all() or (known < 0).any() or not known.any():
             raise ValueError("plan has weights that are negative, not finite or all 0, but they are in proportion to probabilities.")
     key_i, key_j = jax.random.split(key)
+    plan = plan.astype(jnp.promote_types(plan.dtype, jnp.float32))
+    plan = plan / plan.max()
     rows = plan.sum(1)
     # One point in each of n equal parts of the rows' weights, all at one place of theirs.
     places = (jnp.arange(n) + jax.random.uniform(key_i)) / n
     i = jnp.searchsorted(jnp.cumsum(rows) / rows.sum(), places).clip(max=plan.shape[0] - 1)
-    return i, jax.random.categorical(key_j, jnp.log(plan[i]))
+    j = jax.random.categorical(key_j, jnp.log(plan[i]))
+    # No example has the index that follows the last: what is taken there by `jnp.take(..., mode="fill")` is NaN.
+    known = jnp.isfinite(rows).all()
+    return jnp.where(known, i, plan.shape[0]), jnp.where(known, j, plan.shape[1])
 
 
 def reflow(sampler, key, n, *, chunk, file=None, mesh=None, progress=True) -> Any:
@@ -361,36 +393,49 @@ def reflow(sampler, key, n, *, chunk, file=None, mesh=None, progress=True) -> An
     """
     checks.key(key)
     checks.whole("n", n, "how many pairs are made")
+    checks.whole("chunk", chunk, "how many pairs are made at a time")
     if file is not None and Path(file).exists():
-        return _read(Path(file), sampler, key, n)
+        return _read(Path(file), sampler, key, n, chunk)
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"file is {str(file)!r}, but there is no folder {str(Path(file).absolute().parent)!r}: make it first.")
     pairs = parallel.sample(sampler, key, n, chunk=chunk, mesh=mesh, progress=progress)
-    bad = [np.nonzero(~np.isfinite(leaf.reshape(n, -1)).all(1))[0] for leaf in jax.tree.leaves(pairs) if leaf.dtype.kind == "f"]
-    if bad := sorted({int(index) for each in bad for index in each}):
-        raise ValueError(f"The pairs {bad[:8]} of {n} have numbers that are not finite: nothing is kept. Look at the field and its grid.")
+    inexact = [leaf for leaf in jax.tree.leaves(pairs) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    lost = sum((~np.isfinite(leaf.reshape(n, -1).astype(np.complex128)).all(1) for leaf in inexact), np.zeros(n, bool))
+    if lost.any():
+        (bad,) = np.nonzero(lost)
+        raise ValueError(
+            f"The pairs {bad[:8].tolist()} of {n} have numbers that are not finite: nothing is kept. Look at the field and its grid."
+        )
     if file is not None:
-        _write(Path(file), pairs, key)
+        parallel.on_first(lambda: _write(Path(file), pairs, key))
     return pairs
 
 
+def _signature(pairs, key, n):
+    """What a file has to agree on with a call: the names, dtypes and shapes of the leaves, and the key."""
+    named = jax.tree_util.tree_leaves_with_path(pairs)
+    leaves = [f"{jax.tree_util.keystr(path)} {leaf.dtype} {(n, *leaf.shape[1:])}" for path, leaf in named]
+    return json.dumps([*leaves, str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()])
+
+
 def _write(file, pairs, key):
-    def write():
-        with files.replacing(file) as part, open(part, "wb") as out:
-            leaves = {f"leaf_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(pairs))}
-            np.savez(out, key=np.asarray(jax.random.key_data(key)), **leaves)
-
-    parallel.on_first(write)
+    # NumPy's files do not know bfloat16: bytes, whose dtype the signature has.
+    leaves: dict[str, Any] = {f"leaf_{i}": np.frombuffer(leaf.tobytes(), np.uint8) for i, leaf in enumerate(jax.tree.leaves(pairs))}
+    with files.replacing(file) as part, open(part, "wb") as out:
+        np.savez(out, signature=_signature(pairs, key, len(jax.tree.leaves(pairs)[0])), **leaves)
 
 
-def _read(file, sampler, key, n):
+def _read(file, sampler, key, n, chunk):
     """The pairs of a file, in the structure that the sampler gives."""
-    wanted = jax.eval_shape(sampler, jax.random.split(key, 2), jnp.arange(2))
-    with np.load(file) as kept:
-        leaves = [kept[name] for name in sorted(kept, key=lambda name: (len(name), name)) if name != "key"]
-        same_key = np.array_equal(kept["key"], jax.random.key_data(key))
-    shapes = [(n, *leaf.shape[1:]) for leaf in jax.tree.leaves(wanted)]
-    if not same_key or [leaf.shape for leaf in leaves] != shapes:
-        raise ValueError(
-            f"{file} holds arrays of shapes {[leaf.shape for leaf in leaves]}, made by {'this' if same_key else 'another'} key, but "
-            f"{shapes} by this one are asked for: name another file, or delete this one."
-        )
-    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+    wanted = jax.eval_shape(sampler, jax.random.split(key, chunk), jnp.arange(chunk))
+    leaves, structure = jax.tree.flatten(wanted)
+    try:
+        # NumPy leaves a file open that it cannot read.
+        with open(file, "rb") as opened, np.load(opened) as kept:
+            found = str(kept["signature"])
+            data = [kept[f"leaf_{i}"] for i in range(len(leaves))] if found == _signature(wanted, key, n) else None
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read as pairs ({type(error).__name__}: {error}): delete it, or name another file.") from error
+    if data is None:
+        raise ValueError(f"{file} holds {found}, but {_signature(wanted, key, n)} is asked for: name another file, or delete this one.")
+    return structure.unflatten([part.view(leaf.dtype).reshape(n, *leaf.shape[1:]) for part, leaf in zip(data, leaves, strict=True)])

@@ -94,9 +94,9 @@ def _pair(x, y, vectors=_vectors):
 
 
 def _root(square):
-    """The root, of derivative 0 at 0, where that of a distance does not exist."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    """The root, of derivative 0 at 0, where that of a distance does not exist; nan stays nan."""
+    zero = square == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def wasserstein(x, y) -> float:
@@ -312,16 +312,16 @@ def curvature(trajectory) -> chex.ArrayDevice:
     Args:
       trajectory: states on the way, (n + 1, B, ...).
     Returns:
-      (B,); a step of length 0 turns nowhere.
+      (B,); a step of length 0 turns nowhere, and hides a turn between the steps beside it.
     Raises:
       TypeError: if the states are not of floats.
       ValueError: if it has another shape.
     """
     steps, lengths = _steps(trajectory)
-    unit = steps / jnp.where(lengths > 0, lengths, 1)[..., None]
+    unit = steps / jnp.where(lengths == 0, 1, lengths)[..., None]
     apart, along = (_root((value**2).sum(-1)) for value in (unit[1:] - unit[:-1], unit[1:] + unit[:-1]))
-    moves = (lengths[1:] > 0) & (lengths[:-1] > 0)
-    return jnp.where(moves, 2 * jnp.arctan2(apart, jnp.where(moves, along, 1)), 0).sum(0)
+    rests = (lengths[1:] == 0) | (lengths[:-1] == 0)
+    return jnp.where(rests, 0, 2 * jnp.arctan2(apart, jnp.where(rests, 1, along))).sum(0)
 
 
 def normalized_path_energy(trajectory, times, distance) -> chex.ArrayDevice:

@@ -160,13 +160,67 @@ def test_pairs_are_kept_and_read(tmp_path, monkeypatch):
     np.testing.assert_array_equal(made["label"], np.arange(10) % 3)
     monkeypatch.setattr(parallel, "sample", lambda *a, **k: pytest.fail("it was drawn again"))
     jax.tree.map(np.testing.assert_array_equal, couplings.reflow(sampler, KEY, 10, chunk=4, file=file), made)
-    for wrong in ({"key": jax.random.key(1)}, {"n": 11}, {"sampler": lambda keys, i: keys}):
+    other = lambda keys, i: {"x_1": sampler(keys, i)["x_0"], "a_0": sampler(keys, i)["x_1"], "label": i}
+    half = lambda keys, i: jax.tree.map(lambda leaf: leaf.astype(jnp.float16), sampler(keys, i))
+    for wrong in ({"key": jax.random.key(1)}, {"key": jax.random.key(0, impl="rbg")}, {"n": 11}, {"sampler": other}, {"sampler": half}):
         arguments = {"sampler": sampler, "key": KEY, "n": 10} | wrong
-        with pytest.raises(ValueError, match=r"pairs.npz holds arrays of shapes .*: name another file"):
+        with pytest.raises(ValueError, match=r"pairs.npz holds .* is asked for: name another file"):
             couplings.reflow(**arguments, chunk=4, file=file)
+    content = file.read_bytes()
+    for damaged in (b"", content[:200], b"words", content.replace(b"signature", b"signaturX")):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"pairs.npz cannot be read as pairs .*: delete it"):
+            couplings.reflow(sampler, KEY, 10, chunk=4, file=file)
     monkeypatch.undo()
+    brain = lambda keys, i: sampling.noise(keys, (len(i), 2)).astype(jnp.bfloat16)
+    made, read = (couplings.reflow(brain, KEY, 6, chunk=3, file=tmp_path / "half.npz", progress=False) for _ in range(2))
+    assert read.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read, made)
+    with pytest.raises(ValueError, match="there is no folder"):
+        couplings.reflow(sampler, KEY, 10, chunk=4, file=tmp_path / "none" / "pairs.npz")
     with pytest.raises(ValueError, match=r"The pairs \[3\] of 10 have numbers that are not finite"):
         couplings.reflow(lambda keys, i: jnp.where(i == 3, jnp.nan, 0.0), KEY, 10, chunk=5, progress=False)
+
+
+def test_it_is_known_in_any_transformation():
+    """Of a part of the arguments too; its indices have no derivative."""
+    x, y = jnp.asarray(draw(0, 16)), jnp.asarray(draw(1, 16))
+    j, labels = couplings.optimal(x, y), np.arange(16) % 2
+    loss = lambda scale: ((x - (scale * y)[couplings.optimal(x, scale * y)]) ** 2).sum()
+    np.testing.assert_allclose(jax.grad(loss)(1.0), (-2 * (x - y[j]) * y[j]).sum(), rtol=1e-4)
+    np.testing.assert_array_equal(jax.vmap(couplings.optimal, (None, 0))(x, y[None]), j[None])
+    aware = couplings.optimal(x, y, y=labels)
+    np.testing.assert_array_equal(jax.vmap(lambda each: couplings.optimal(x, y, y=each))(labels[None])[0], aware)
+    np.testing.assert_array_equal(couplings.optimal(x, y, y=labels * 2**40), aware)
+    np.testing.assert_array_equal(couplings.optimal(x, y, y=labels * 256), aware)
+
+
+def test_many_calls_on_many_devices_wait_for_nothing():
+    """The callback does nothing of JAX's, which would wait for programs that wait for it."""
+    mesh = parallel.mesh()
+    x, y = jax.device_put((draw(0, 64, 3), draw(1, 64, 3)), parallel.batch_sharding(mesh))
+    pair = jax.jit(lambda x, y: y[couplings.optimal(x, y)])
+    ends = [pair(x, y) for _ in range(60)]
+    np.testing.assert_array_equal(ends[-1], np.asarray(y)[couplings.optimal(np.asarray(x), np.asarray(y))])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_a_weight_counts_at_any_scale(scale):
+    x, y, c = draw(0, 20), draw(1, 20), draw(2, 20, 3)
+    wanted = couplings.optimal(x, y, y=c, weight=5.0)
+    np.testing.assert_array_equal(couplings.optimal(x, y, y=np.float32(scale) * c, weight=5.0), wanted)
+    np.testing.assert_array_equal(couplings.optimal(np.float32(scale) * x, np.float32(scale) * y, y=c, weight=5.0), wanted)
+
+
+def test_plans_far_away_and_in_half_precision():
+    x, y = draw(0, 20), draw(1, 20)
+    near = couplings.sinkhorn(x, y, 1.0, tolerance=1e-5)
+    np.testing.assert_allclose(couplings.sinkhorn(x + 1e3, y + 1e3, 1.0, tolerance=1e-5), near, rtol=0.02, atol=1e-6)
+    i, _ = couplings.draw(KEY, jnp.ones((512, 512), jnp.float16))
+    np.testing.assert_array_equal(i, np.arange(512))
+    i, j = jax.jit(couplings.draw)(KEY, jnp.full((3, 4), jnp.nan))
+    assert (i == 3).all()
+    assert (j == 4).all()
 
 
 BAD = draw(0, 12)
@@ -188,6 +242,8 @@ BAD[[3, 7], 1] = np.nan
         "a weight for labels": (lambda x: couplings.optimal(x, x, y=np.arange(12), weight=1.0), "weight is 1.0, but it is of vectors"),
         "a weight for none": (lambda x: couplings.optimal(x, x, y={"a": x}, weight={"a": 1.0, "b": 1.0}), "of which y has none so named"),
         "a negative weight": (lambda x: couplings.optimal(x, x, y=x, weight=-1.0), "The weight of y is -1.0"),
+        "infinite conditions": (lambda x: couplings.optimal(x, x, y=x / (np.arange(12)[:, None] != 4), weight=1.0), r"y has .* \[4\]"),
+        "two to keep": (lambda x: couplings.sinkhorn(x, x, 1.0, keep=0.5), "keep is 0.5, but it is two numbers"),
         "conditions": (lambda x: couplings.optimal(x, x, y=np.arange(5)), r"y has shape \(5,\), but there is a condition for each example"),
         "words": (lambda x: couplings.optimal(x, x, y=np.array(["a"] * 12)), "y has dtype <U1, but conditions are integers"),
         "integers": (lambda x: couplings.optimal(np.arange(12)[:, None], x[:, :1]), "x_0 has dtype int"),

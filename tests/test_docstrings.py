@@ -20,7 +20,7 @@ import optax
 import pytest
 
 import fmjax
-from fmjax import bridges, checkpoints, export, losses, marginals, parallel, paths, plots, sampling, times, training
+from fmjax import bridges, checkpoints, couplings, export, losses, marginals, metrics, parallel, paths, plots, sampling, times, training
 from fmjax.data import images, latents, pipeline
 from fmjax.models import dit, mlp, unet
 
@@ -279,7 +279,15 @@ def plotted(_):
     return {"plots": plots, "marginals": marginals, "path": paths.Linear(), "distribution": distribution, "saved": jnp.ones((3, 4, 2))}
 
 
+def bridged():
+    names = {"x_0": X, "x_1": X[::-1], "z": jnp.ones_like(X), "t": 0.5, "sigma": 1.0, "key": KEY, "times": times.uniform_grid(2)}
+    fields = {"velocity": lambda x, t: -x, "noise": lambda x, t: x, "score": lambda x, t: -x}
+    return names | fields | {"bridge": bridges.Brownian(1.0), "bridges": bridges, "losses": losses, "sampling": sampling}
+
+
 NAMESPACES = {
+    "bridges": lambda _: bridged(),
+    "couplings": lambda _: {"jax": jax, "couplings": couplings, "x_0": X, "x_1": X[::-1], "y": jnp.arange(len(X))},
     "checkpoints": lambda _: trained() | {"checkpoints": checkpoints, "stream": pipeline.batches(examples(8), 4)},
     "checkpoints.parts.restore_matching": with_checkpoint,
     "data.images.records": with_data_sets,
@@ -293,6 +301,11 @@ NAMESPACES = {
     "plots": plotted,
     "times.optimize_grid": lambda _: {"sampling": sampling, "times": times, "field": lambda x, t: jnp.cos(6 * t) * x, "x_0": X},
     "training.ema": lambda _: trained(),
+    "training.evaluation.watch": lambda _: (
+        trained()
+        | {"run": training.Run(trained()["state"], KEY), "x_0": X, "grid": times.uniform_grid(2), "batches": lambda n: (X, T)}
+        | {"field": lambda params: lambda x, t: -x, "sampling": sampling, "metrics": metrics}
+    ),
     "training.evaluation": lambda _: (
         trained()
         | {"run": training.Run(trained()["state"], KEY), "source": examples(300), "path": paths.Linear()}

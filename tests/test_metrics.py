@@ -351,6 +351,21 @@ def test_the_way_of_a_circle_and_of_a_line():
     np.testing.assert_allclose(metrics.curvature(both), 0, atol=1e-2)
 
 
+def test_a_way_that_is_lost_is_nan():
+    lost = circle(1).copy()
+    lost[5, 0, 0] = np.nan
+    grid = np.linspace(0, 1, 401)
+    for value in (
+        metrics.path_length(lost),
+        metrics.path_energy(lost, grid),
+        metrics.straightness(lost, grid),
+        metrics.curvature(lost),
+        metrics.normalized_path_energy(lost, grid, 1.0),
+        jax.jit(metrics.energy_distance)(lost[:, 0], circle(1)[:, 0]),
+    ):
+        assert jnp.isnan(value).all()
+
+
 def test_ways_of_other_shapes_are_named():
     for call, said in (
         (lambda: metrics.path_length(np.zeros((5, 2))), r"trajectory has shape \(5, 2\), but it is of states on the way"),

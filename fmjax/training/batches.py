@@ -11,7 +11,8 @@ class Batches:
         # Without data every step is where the next one is, as with a function of the step.
         batches = (lambda n: None) if batches is None else batches
         shape = getattr(batches, "shape", None)
-        if shape is not None or isinstance(batches, dict):
+        # One of more axes, or of one, may be batches one after the other.
+        if (shape is not None and len(shape) == 2) or isinstance(batches, dict):
             given = "a dict" if shape is None else f"an array of shape {shape}"
             raise TypeError(
                 f"batches is {given}, but it is an iterable of batches or a function of the step: lambda n: "

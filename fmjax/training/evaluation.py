@@ -14,7 +14,6 @@ Example i draws from `fold_in(key, i)`, so what is measured depends neither on t
 """
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -207,11 +206,12 @@ def watch(function, *, every=1) -> Any:
     """A callback for `fit` that adds numbers of the averaged parameters to the metrics, such as how straight the flow is.
 
         def numbers(params):
-            saved = sampling.sample_ode(field(params), x_0, times, save=lambda x, t: x)[1]
-            mean, _, _ = training.loss_by_time(loss_of(params), t, jnp.linspace(0, 1, 5))
-            return {"straightness": metrics.straightness(saved, times).mean(), "loss at t = 0": mean[0], "loss at t = 1": mean[-1]}
+            saved = sampling.sample_ode(field(params), x_0, grid, save=lambda x, t: x)[1]
+            return {"straightness": metrics.straightness(saved, grid).mean()}
 
-        run = training.fit(step, run, batches, steps=10_000, callbacks=[training.watch(numbers), training.json_lines("history.jsonl")])
+        run = training.fit(step, run, batches, steps=10, callbacks=[training.watch(numbers), training.json_lines("history.jsonl")])
+
+    The loss by its times is another: `training.loss_by_time(loss, t, jnp.linspace(0, 1, 5))[0][-1]` is its mean in the last quarter.
 
     Args:
       function: params -> a dict of numbers; compiled once. It is given `run.state.ema`.
@@ -224,13 +224,14 @@ def watch(function, *, every=1) -> Any:
     """
     checks.function("function", function, 'lambda params: {"straightness": ...}')
     checks.whole("every", every, "after how many logs it is called")
-    compiled, calls = jax.jit(function), itertools.count()
+    compiled = jax.jit(function)
 
     def callback(run, metrics):
-        if next(calls) % every:
+        # By the run's history, so that one that goes on is watched where it would have been.
+        if (len(run.history) - 1) % every:
             return
         found = compiled(run.state.ema)
-        if not isinstance(found, dict) or any(jnp.size(value) != 1 for value in found.values()):
+        if not isinstance(found, dict) or any(jnp.shape(value) != () or not jnp.isrealobj(value) for value in found.values()):
             raise TypeError(f"The function that is watched gives {jax.tree.map(jnp.shape, found)}, but it gives a dict of numbers.")
         if taken := found.keys() & metrics.keys():
             raise ValueError(f"The function that is watched gives {sorted(taken)}, which the metrics have already: give other names.")

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 import fmjax
-from fmjax import checkpoints, data, export, metrics, sampling, training
+from fmjax import checkpoints, couplings, data, export, metrics, sampling, training
 
 EXTRAS = {
     "data": data.digits.load,
     "images": lambda: data.pipeline.batches([(0, 0)], 1),
     "metrics": lambda: metrics.wasserstein(jnp.ones((3, 2)), jnp.zeros((3, 2))),
+    "couplings": lambda: couplings.sinkhorn(jnp.ones((3, 2)), jnp.zeros((3, 2)), 1.0),
     "tensorboard": lambda: training.tensorboard("runs"),
     "adaptive": lambda: sampling.sample_ode_adaptive(lambda x, t: x, jnp.ones((3, 2))),
     "export": lambda: export.load("sampler.jax"),

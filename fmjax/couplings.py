@@ -283,8 +283,8 @@ def sinkhorn(x_0, x_1, epsilon, *, keep: tuple[float, float] = (1.0, 1.0), itera
 
     P = argmin_P sum_ij P_ij |x_0^i - x_1^j|^2 - epsilon H(P)        (4) (Cuturi 2013, arXiv:1306.0895)
 
-    The Schrödinger bridge of dX = sigma dW has epsilon = 2 sigma^2. Below 1 in `keep`, a marginal may be given up, more the less it is
-    (unbalanced transport, Chizat et al. 2018, arXiv:1607.05816). `draw` pairs by it.
+    The Schrödinger bridge of dX = sigma dW has epsilon = 2 sigma^2. Below 1 in `keep`, a marginal is kept less strictly, and
+    mass is lost or made (unbalanced transport, Chizat et al. 2018, arXiv:1607.05816). `draw` pairs by it.
 
     Args:
       x_0: noise, or another source, (N, ...), or a pytree of them.

@@ -20,6 +20,8 @@ the same marginals for any sigma, from x_0 to x_1 and from x_1 to x_0:
     sampling.sample_sde(sampling.sde_extension(velocity, score, sigma), sigma, key, x_0, times)
     back, grid = sampling.reverse(sampling.sde_extension(velocity, lambda x, t: -score(x, t), sigma), times)
     sampling.sample_sde(back, sigma, key, x_1, grid)
+
+where a sigma that is a function of time is read backwards too, as `lambda s: sigma(times[0] + times[-1] - s)`, in the last line.
 """
 
 import dataclasses

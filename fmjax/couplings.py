@@ -128,9 +128,14 @@ def _conditions(y, weight, size):
         if leaf.ndim == 0 or leaf.shape[0] != size:
             raise ValueError(f"y{name} has shape {leaf.shape}, but there is a condition for each example, ({size}, ...).")
         if jnp.issubdtype(leaf.dtype, jnp.integer) or jnp.issubdtype(leaf.dtype, jnp.bool_):
-            if leaf.dtype.itemsize > 4 and not isinstance(leaf, Tracer):
-                # Of labels that int32 does not hold, which are equal matters alone.
-                leaf = np.unique(leaf, return_inverse=True)[1].reshape(leaf.shape)
+            if leaf.dtype.itemsize > 4:
+                # Its two halves: int32 does not hold every label.
+                halves = (
+                    jax.lax.bitcast_convert_type
+                    if isinstance(leaf, Tracer)
+                    else lambda a, dtype: np.ascontiguousarray(a)[..., None].view(dtype)
+                )
+                leaf = halves(leaf, np.int32)
             labels.append(leaf.reshape(size, -1))
         elif jnp.issubdtype(leaf.dtype, jnp.floating):
             given = names.pop(getattr(path[0], "key", None), None) if names is not None and path else weight

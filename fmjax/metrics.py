@@ -235,8 +235,9 @@ def _steps(trajectory) -> tuple[Any, Any]:
             f"trajectory has shape {trajectory.shape}, but it is of states on the way, (n + 1, B, ...) with n at least 1: "
             "sampling.sample_ode(..., save=lambda x, t: x)[1]."
         )
-    wide = trajectory.astype(jnp.promote_types(trajectory.dtype, jnp.float32))
-    steps = jnp.diff(wide.reshape(*trajectory.shape[:2], -1), axis=0)
+    if trajectory.dtype.itemsize < 4:
+        raise TypeError(f"trajectory has dtype {trajectory.dtype}, whose rounding may be longer than a step: sample in float32.")
+    steps = jnp.diff(trajectory.reshape(*trajectory.shape[:2], -1), axis=0)
     return steps, _root((steps**2).sum(-1))
 
 
@@ -260,7 +261,7 @@ def path_length(trajectory) -> chex.ArrayDevice:
     Returns:
       (B,).
     Raises:
-      TypeError: if the states are not of floats.
+      TypeError: if the states are not of floats of at least 32 bits.
       ValueError: if it has another shape.
     """
     return _steps(trajectory)[1].sum(0)
@@ -277,7 +278,7 @@ def path_energy(trajectory, times) -> chex.ArrayDevice:
     Returns:
       (B,), at least the square of the straight line over the whole time.
     Raises:
-      TypeError: if the states are not of floats.
+      TypeError: if the states are not of floats of at least 32 bits.
       ValueError: if a shape is another, or the times do not increase.
     """
     steps, lengths = _steps(trajectory)
@@ -295,7 +296,7 @@ def straightness(trajectory, times) -> chex.ArrayDevice:
     Returns:
       (B,).
     Raises:
-      TypeError: if the states are not of floats.
+      TypeError: if the states are not of floats of at least 32 bits.
       ValueError: if a shape is another, or the times do not increase.
     """
     steps, _ = _steps(trajectory)
@@ -314,7 +315,7 @@ def curvature(trajectory) -> chex.ArrayDevice:
     Returns:
       (B,); a step of length 0 turns nowhere, and hides a turn between the steps beside it.
     Raises:
-      TypeError: if the states are not of floats.
+      TypeError: if the states are not of floats of at least 32 bits.
       ValueError: if it has another shape.
     """
     steps, lengths = _steps(trajectory)
@@ -336,7 +337,7 @@ def normalized_path_energy(trajectory, times, distance) -> chex.ArrayDevice:
     Returns:
       A number at least 0.
     Raises:
-      TypeError: if the states are not of floats.
+      TypeError: if the states are not of floats of at least 32 bits.
       ValueError: if a shape is another, the times do not increase, or the distance is not above 0.
     """
     checks.number("distance", distance, "W_2 between the two sets", least=0, above=True)

@@ -192,7 +192,9 @@ def test_it_is_known_in_any_transformation():
     aware = couplings.optimal(x, y, y=labels)
     np.testing.assert_array_equal(jax.vmap(lambda each: couplings.optimal(x, y, y=each))(labels[None])[0], aware)
     np.testing.assert_array_equal(couplings.optimal(x, y, y=labels * 2**40), aware)
-    np.testing.assert_array_equal(couplings.optimal(x, y, y=labels * 256), aware)
+    np.testing.assert_array_equal(couplings.optimal(x, y, y=np.int32(labels * 256)), aware)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.jit(lambda c: couplings.optimal(x, y, y=c))(jnp.asarray(labels * 2**40)), aware)
 
 
 def test_many_calls_on_many_devices_wait_for_nothing():

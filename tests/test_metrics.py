@@ -376,3 +376,5 @@ def test_ways_of_other_shapes_are_named():
     ):
         with pytest.raises(ValueError, match=said):
             call()
+    with pytest.raises(TypeError, match="trajectory has dtype bfloat16, whose rounding may be longer than a step"):
+        metrics.path_length(jnp.zeros((4001, 1, 2), jnp.bfloat16))

@@ -1,10 +1,12 @@
 """Couplings: permutations of least cost, conditions that are never exchanged, plans with their marginals, pairs kept on disk."""
 
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,3 +270,14 @@ def test_wrong_calls_are_named(call, said):
 def test_a_nan_inside_jit_is_named_too():
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"x_1 has numbers that are not finite in the examples \[3, 7\]"):
         jax.block_until_ready(jax.jit(couplings.optimal)(draw(1, 12), BAD))
+
+
+def test_two_processes_pair_the_global_batch_as_one_does(tmp_path):
+    """Each holds half of the noise and of the data; the permutation is that of all."""
+    x_0, x_1, y = draw(0, 24), draw(1, 24), np.arange(24, dtype=np.int32) % 3
+    np.savez(tmp_path / "given.npz", x_0=x_0, x_1=x_1, y=y)
+    processes.two(Path(__file__).with_name("coupled.py"), tmp_path)
+    for index in range(2):
+        with np.load(tmp_path / f"{index}.npz") as found:
+            np.testing.assert_array_equal(found["plain"], couplings.optimal(x_0, x_1))
+            np.testing.assert_array_equal(found["labels"], couplings.optimal(x_0, x_1, y=y))

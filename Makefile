@@ -12,7 +12,7 @@ endif
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test docs links lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel bench-couplings others gpu tpu-aot gpu-aot env lock clean
+.PHONY: demo test parity docs links lint package bench bench-baselines bench-solvers bench-images bench-networks bench-train bench-orders bench-parallel bench-couplings bench-published bench-flow-maps others gpu tpu-aot gpu-aot env lock clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ test: export FMJAX_NOTES = $(NOTES)
 endif
 test: $(READY)  ## the whole suite; ARGS="-k paths" picks
 	$(RUN) -m pytest --numprocesses auto $(ARGS)
+
+parity: .venv.parity/ready  ## runs the official code of published networks, OFFICIAL=folder, and compares what it gives with tests/official
+	OFFICIAL=$(OFFICIAL) PYTHONPATH=tests .venv.parity/bin/python -m official
 
 docs: $(READY)  ## the site, in docs/_build/html: runs every page, and fails where one does not
 	$(RUN) -m sphinx --builder html --jobs auto --fail-on-warning --keep-going --quiet docs docs/_build/html $(ARGS)
@@ -82,6 +85,12 @@ bench-parallel: $(READY)  ## what the loop, the sharding and the checkpoints cos
 bench-couplings: .venv.baselines/ready  ## couplings beside POT, and a paper's training beside torchcfm
 	.venv.baselines/bin/python -m benchmarks.couplings $(ARGS)
 
+bench-published: .venv.baselines/ready  ## loading published networks, and images per second beside diffusers and torch-fidelity
+	.venv.baselines/bin/python -m benchmarks.published $(ARGS)
+
+bench-flow-maps: $(READY)  ## steps of MeanFlow over steps of flow matching, and one-step samples
+	$(RUN) -m benchmarks.flow_maps $(ARGS)
+
 others: .venv.baselines/ready  ## runs what docs/guides/from_other_libraries.md sets beside ours; hackable_diffusion from the PYTHONPATH
 	.venv.baselines/bin/python -m benchmarks.other_libraries $(ARGS)
 
@@ -114,9 +123,14 @@ gpu-aot: .venv.gpu/ready  ## the same for GPUs
 	.venv.baselines/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+.venv.parity/ready: tests/official/requirements.txt
+	$(PYTHON) -m venv .venv.parity
+	.venv.parity/bin/python -m pip install --quiet --disable-pip-version-check -r tests/official/requirements.txt
+	touch $@
+
 lock:  ## pins the newest versions that pyproject.toml allows, for every supported Python (needs uv)
 	uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header --no-annotate \
 		--upgrade pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf dist build docs/_build .venv .venv-* .venv.package .venv.baselines .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf dist build docs/_build .venv .venv-* .venv.package .venv.baselines .venv.parity .venv.tpu .venv.gpu runs .pytest_cache .ruff_cache *.egg-info

@@ -5,6 +5,7 @@
     python -m experiments.images digits --no-train --seed 1            samples again from its last checkpoint
     python -m experiments.images fashion-dit path:cosine               another path
     python -m experiments.images folder --data photos --size 64        images of one's own, a sub-folder for each class
+    python -m experiments.encode photos --autoencoder sd-vae-ft-ema.safetensors --folder latents         makes latents of images
     python -m experiments.images latents --data latents --accumulate 2 --network.attention cudnn        on one GPU of 80 GB
     python -m experiments.images latents --data latents --sharding fully_sharded --batch 1024           on eight GPUs
     python -m experiments.images latents --data latents --sharding fully_sharded --batch 2048 --remat --distributed
@@ -35,8 +36,8 @@ import optax
 import tyro
 from flax import linen as nn
 
-from experiments import run_folder
-from fmjax import checkpoints, guidance, losses, metrics, parallel, paths, plots, sampling, targets, times, training
+from experiments import encode, run_folder
+from fmjax import checkpoints, guidance, losses, metrics, parallel, paths, plots, pretrained, sampling, targets, times, training
 from fmjax.data import digits, fashion_mnist, images, latents, pipeline
 from fmjax.models import dit, layers, unet
 
@@ -168,11 +169,15 @@ class Config:
     """Steps of the sampler (UniPC of order 2), each one evaluation of the network."""
     save_images: int = 0
     """Samples per class that are saved as PNG files in samples/ of the folder."""
+    autoencoder: Path | None = None
+    """Weights of the Stable Diffusion autoencoder, which makes pictures of latents for plots, --save-images and --export."""
     classifier: tyro.conf.AvoidSubcommands[SupportVectors | Convolutional | None] = Convolutional()
     """Classifier of the samples, whose features give the Frechet distance; with none, as for latents, samples are only drawn."""
 
     train: bool = True
     """Whether to train; otherwise the last checkpoint in the folder is sampled again (give the network's flags as then)."""
+    export: Path | None = None
+    """Folder that gets network.safetensors, the averaged transformer under SiT's names, and held_out.npz, the images held out."""
     results: Path | None = None
     """JSON file that gets this run's metrics, under the name of its folder, beside those of other runs."""
     distributed: bool = False
@@ -287,8 +292,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
 
 FREE = (
     *("data_dir", "threads", "remat", "sharding", "save_every", "trace"),
-    *("guidance", "samples", "sampling_steps", "save_images", "classifier"),
-    *("train", "results", "distributed", "coordinator", "processes", "index"),
+    *("guidance", "samples", "sampling_steps", "save_images", "autoencoder", "classifier"),
+    *("train", "export", "results", "distributed", "coordinator", "processes", "index"),
 )
 """Flags that may change while a run goes on; so may --steps where the learning rate does not decay over them."""
 
@@ -308,8 +313,13 @@ def main(config: Config):
     if config.distributed or config.coordinator is not None or config.processes is not None or config.index is not None:
         parallel.initialize(config.coordinator, config.processes, config.index)
     data = open_data(config)
-    if data.shape[-1] not in (1, 3) and (config.save_images or config.classifier is not None):
-        raise SystemExit(f"The data have {data.shape[-1]} channels, so they are no images to save or to classify: use the preset latents.")
+    if data.shape[-1] not in (1, 3) and (config.classifier is not None or (config.save_images and config.autoencoder is None)):
+        raise SystemExit(
+            f"The data have {data.shape[-1]} channels, so they are no images to save or to classify: use the preset latents, and "
+            "--autoencoder to save."
+        )
+    if config.autoencoder is not None and data.shape[-1] != 4:
+        raise SystemExit(f"The data have {data.shape[-1]} channels, but --autoencoder makes pictures of latents, which have 4: leave it.")
     step, what = cell(config.network)
     if any(side % step for side in data.shape[:2]):
         raise SystemExit(f"The images are of {data.shape[0]} x {data.shape[1]} pixels, which {what} of {step} does not divide: change one.")
@@ -330,6 +340,8 @@ def check(config):
         if (getattr(config, name) or 0) % config.log_every:
             flag = f"--{name.replace('_', '-')}"
             raise SystemExit(f"{flag} is {getattr(config, name)}: give a multiple of --log-every, {config.log_every}.")
+    if config.export is not None and not (isinstance(config.network, Transformer) and isinstance(config.path, paths.Linear)):
+        raise SystemExit("--export writes a transformer that follows the linear path, as SiT does: leave it for other networks and paths.")
     if config.decay and config.warm_up >= config.steps:
         raise SystemExit(f"--warm-up is {config.warm_up} steps of {config.steps} in all: give fewer, or more --steps.")
 
@@ -403,6 +415,7 @@ def run(config, data):
 
     held_out_loss = make_held_out_loss(config, data, model, mesh, key_held_out)
     sample = make_sampler(config, data, model, mesh, key_sample)
+    decode = make_decoder(config, mesh)
 
     def average(state):
         return state.ema[0] if config.sigma_rel else state.ema
@@ -410,7 +423,7 @@ def run(config, data):
     def evaluate(run, metrics):
         if config.eval_every is not None and metrics["step"] % config.eval_every == 0:
             metrics["held-out loss per pixel"] = held_out_loss(average(run.state))
-            plot_samples(config, data, functools.partial(sample, average(run.state)), f"samples_{metrics['step']}.png")
+            plot_samples(config, data, decoded(decode, sample, average(run.state)), f"samples_{metrics['step']}.png")
 
     if config.train:
         begun, batches = training.Run(state, key_train), make_batches(config, data, mesh, key_batch)
@@ -422,18 +435,42 @@ def run(config, data):
             state = checkpoints.restore(config.folder / "checkpoints", state)
         except (FileNotFoundError, checkpoints.CorruptCheckpoint) as error:
             raise SystemExit(f"{error} --no-train samples a run that is there: train it first, in the same --folder.") from error
-    trained, sample = time.perf_counter(), functools.partial(sample, average(state))
+    trained, pictures = time.perf_counter(), decoded(decode, sample, average(state))
 
     report["held-out loss per pixel"] = held_out_loss(average(state))
-    plot_samples(config, data, sample, "samples.png")
-    plot_trajectories(config, data, sample)
-    save_images(config, data, sample)
+    plot_samples(config, data, pictures, "samples.png")
+    plot_trajectories(config, data, pictures)
+    save_images(config, data, pictures)
     if config.classifier is not None:
-        report |= measure(config, data, sample, key_classifier)
+        report |= measure(config, data, functools.partial(sample, average(state)), key_classifier)
     report |= {"seconds to train": trained - begin, "seconds in all": time.perf_counter() - begin}
+    if config.export is not None:
+        export(config, data, model, average(state), decode, mesh)
     if config.results is not None:
         run_folder.record(config.results, config, report)
     run_folder.report(config.folder, report)
+
+
+def export(config, data, model, params, decode, mesh):
+    """Writes the network for experiments.imagenet, and held-out images for experiments.evaluate."""
+    # All processes take part, since each may have a part of the parameters.
+    params = jax.jit(lambda params: params, out_shardings=parallel.replicated(params, mesh))(params)
+    held_out = decode(read(data.held_out)[0])
+    if jax.process_index() != 0:
+        return
+    config.export.mkdir(parents=True, exist_ok=True)
+    params = jax.device_get(params)
+    params = dit.unstack(params) if config.network.scan else params
+    pretrained.write(
+        config.export / "network.safetensors", pretrained.sit_tensors(model, params, data.shape), pretrained.sit_metadata(model)
+    )
+    if held_out.shape[-1] in (1, 3):
+        np.savez(config.export / "held_out.npz", arr_0=bytes_of(held_out))
+
+
+def bytes_of(x):
+    """Images in [-1, 1] as uint8."""
+    return np.clip(127.5 * (x + 1), 0, 255).round().astype(np.uint8)
 
 
 def make_network(config, classes):
@@ -497,6 +534,34 @@ def make_sampler(config, data, model, mesh, key):
         return in_chunks(lambda x_0, y: draw(params, x_0, y, scale, save), config.batch, mesh, x_0, y)
 
     return sample
+
+
+def make_decoder(config, mesh):
+    """Latents (..., h, w, 4) -> pictures (..., H, W, 3), where there is an autoencoder; else what is given."""
+    if config.autoencoder is None:
+        return lambda x: x
+    model, params = encode.load(config.autoencoder)
+    params = parallel.shard(params, mesh)
+
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(0, mesh))
+    def draw(params, z):
+        return model.apply(params, jax.lax.with_sharding_constraint(z, parallel.batch_sharding(mesh)), method="images")
+
+    def decode(x):
+        # Decoding an image takes far more memory than sampling its latents.
+        flat = in_chunks(functools.partial(draw, params), mesh.size, mesh, x.reshape(-1, *x.shape[-3:]))
+        return flat.reshape(*x.shape[:-3], *flat.shape[1:])
+
+    return decode
+
+
+def decoded(decode, sample, params):
+    """`sample` of these parameters, as pictures."""
+
+    def draw(y, scale, save=None):
+        return decode(sample(params, y, scale, save=save))
+
+    return draw
 
 
 def sampling_times(config):
@@ -651,8 +716,7 @@ def save_images(config, data, sample):
     from PIL import Image
 
     shutil.rmtree(config.folder / "samples", ignore_errors=True)
-    pixels = np.clip(127.5 * (x_1 + 1), 0, 255).round().astype(np.uint8)
-    for i, (label, image) in enumerate(zip(y, pixels, strict=True)):
+    for i, (label, image) in enumerate(zip(y, bytes_of(x_1), strict=True)):
         file = config.folder / "samples" / data.names[label].replace("/", "-") / f"{i % config.save_images:04}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -178,3 +179,45 @@ def _plain(value) -> Any:
 
 def _typed(value):
     return {"type": type(value).__name__, **_plain(value)} if dataclasses.is_dataclass(value) else _plain(value)
+
+
+@contextlib.contextmanager
+def explained(flag):
+    """Ends with a sentence where what a flag names is not there, or is something else."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{flag}: {error}") from error
+
+
+def content(file):
+    """A name for what is in a file."""
+    return hashlib.sha256(json.dumps(files.checksums(file.parent, [file.name])).encode()).hexdigest()[:16]
+
+
+def keep(folder, settings, made):
+    """Keeps what files of a folder depend on in its config.json, and stops where there are some that were made otherwise.
+
+    Args:
+      folder: of the run.
+      settings: strings by name.
+      made: the pattern of the files, in the folder.
+    Raises:
+      SystemExit: if there are such files, of other settings.
+    """
+
+    def compare():
+        file, before = folder / "config.json", settings
+        if next(folder.glob(made), None) is not None:
+            before = json.loads(file.read_text()) if file.exists() else {}
+        names = [name for name in settings | before if settings.get(name) != before.get(name)]
+        if names:
+            changes = "; ".join(f"{name} was {before.get(name)} and is {settings.get(name)}" for name in names)
+            raise ValueError(f"{folder} has {made} of another configuration: {changes}. Give another --folder, or remove that one.")
+        with files.replacing(file) as part:
+            part.write_text(json.dumps(settings, indent=2) + "\n")
+
+    try:
+        parallel.on_first(compare)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(str(error)) from error

@@ -3,19 +3,21 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from fmjax import bridges, guidance, inverse, likelihood, losses, marginals, paths, sampling, states, targets, times
+from fmjax import betas, bridges, flow_maps, guidance, inverse, likelihood, losses, marginals, paths, sampling, states, targets, times
 
 if TYPE_CHECKING:
-    from fmjax import checkpoints, couplings, data, export, metrics, models, parallel, plots, training
+    from fmjax import checkpoints, couplings, data, export, metrics, models, parallel, plots, pretrained, training
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "betas",
     "bridges",
     "checkpoints",
     "couplings",
     "data",
     "export",
+    "flow_maps",
     "guidance",
     "inverse",
     "likelihood",
@@ -26,6 +28,7 @@ __all__ = [
     "parallel",
     "paths",
     "plots",
+    "pretrained",
     "sampling",
     "states",
     "targets",

@@ -10,11 +10,18 @@ With data sum_k w_k N(m_k, s_k^2) and the path x_t = alpha_t x_1 + beta_t x_0,
     u_t(x) = alpha' E[x_1 | x] + beta' E[x_0 | x]                                                 (6)
 
 which is the course's marginalization u_t(x) = int u_t(x|z) p_t(x|z) p_data(z) / p_t(x) dz done in closed form.
-A finite data set is the mixture with s_k = 0. These are the oracle that everything else is tested against.
+A finite data set is the mixture with s_k = 0. On the line the flow of (6) keeps the order of points, so where it carries x from the
+time s to t is where p_t has as much mass on each side:
+
+    F_t(x) = int_{-infinity}^x p_t(y) dy                                  distribution function   (7)
+    F_t(X_{s,t}(x)) = F_s(x)                                              flow map                (8)
+
+These are the oracle that everything else is tested against.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.scipy.special import log_ndtr, logsumexp
 
 from fmjax import checks, paths, states, targets
 from fmjax.paths import Field
 
-__all__ = ["GaussianMixture", "Empirical", "velocity", "score", "log_density"]
+__all__ = ["GaussianMixture", "Empirical", "velocity", "score", "log_density", "flow_map"]
 
 
 @jax.tree_util.register_dataclass
@@ -338,3 +346,154 @@ def log_density(path, distribution) -> Field:
     checks.path(path)
     _check_data(distribution)
     return lambda x, t: _posterior(path, distribution, _state(path, distribution, x)[0], t)[0]
+
+
+def _excess(y, x, log_weights, centers, widths, new_centers, new_widths):
+    """A function that rises in y, and is 0 where F_t(y) = F_s(x): the logarithm of one side of (8) over the other.
+
+    A component counts by its mass on that side of x where it has less, which keeps its digits in tails and in gaps between components.
+
+    Args:
+      y, x: (B, D).
+      log_weights: log w_k, (K,).
+      centers, widths, new_centers, new_widths: alpha m_k and sqrt(v_k) at s and at t, (B, D, K).
+    Returns:
+      (B, D); of one component, by how many of its standard deviations y is too large.
+    """
+    z, new_z = (x[..., None] - centers) / widths, (y[..., None] - new_centers) / new_widths
+    if len(log_weights) == 1:
+        return (new_z - z)[..., 0]
+    below = z < 0
+    side = jnp.where(below, 1, -1)
+    # Enough terms of the series of a far tail for float64.
+    tail, new_tail = (log_weights[None, None] + log_ndtr(side * each, series_order=8) for each in (z, new_z))
+    return logsumexp(jnp.where(below, new_tail, tail), axis=-1) - logsumexp(jnp.where(below, tail, new_tail), axis=-1)
+
+
+# Compiled for those who call a map outside `jit`.
+@jax.custom_jvp
+@jax.jit
+def _transport(x, same, log_weights, centers, widths, new_centers, new_widths):
+    """(8), by bisection: `same`, (B, D), says where the two times are one; the others are those of `_excess`."""
+    # Each component alone would carry x to one of these, and all of them together to a point in between.
+    alone = new_centers + new_widths * ((x[..., None] - centers) / widths)
+    if len(log_weights) == 1:
+        return jnp.where(same, x, alone[..., 0])
+
+    def halve(_, ends):
+        low, high = ends
+        middle = low + (high - low) / 2
+        short = _excess(middle, x, log_weights, centers, widths, new_centers, new_widths) < 0
+        return jnp.where(short, middle, low), jnp.where(short, high, middle)
+
+    # To the last digit, and ten halvings more, since the ends may be far apart around a small number.
+    low, high = lax.fori_loop(0, jnp.finfo(x.dtype).nmant + 10, halve, (alone.min(-1), alone.max(-1)))
+    return jnp.where(same, x, low + (high - low) / 2)
+
+
+@_transport.defjvp
+def _transport_jvp(primals, tangents):
+    """Derivatives by the implicit function theorem, of any order since the map is in them."""
+    x, same, *laws = primals
+    y = _transport(x, same, *laws)
+    moved = jax.jvp(lambda x, *laws: _excess(y, x, *laws), (x, *laws), (tangents[0], *tangents[2:]))[1]
+    slope = jax.jvp(lambda y: _excess(y, x, *laws), (y,), (jnp.ones_like(y),))[1]
+    return y, -moved / slope
+
+
+def _time_of_map(name, t, x):
+    """A time by its own name, shaped to multiply x."""
+    try:
+        return paths.lift(checks.on_path(t), x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(name + str(error).removeprefix("t")) from error
+
+
+def _check_start(path, parts, s):
+    """Raises where a map would start from points without noise, at a time whose value is known."""
+    try:
+        with jax.ensure_compile_time_eval():
+            ended = np.any(np.asarray(path.beta(np.asarray(s, np.float32))) == 0)
+            points = any(np.any(np.asarray(_flat(part).scales) == 0) for part in parts)
+    except (jax.errors.JAXTypeError, TypeError):
+        # A path or data of numbers that are not known.
+        return
+    if ended and points:
+        raise ValueError(
+            f"s has a time of {path} at which no noise is left, where components with a scale of 0 are points and nothing flows from them: "
+            "start the map earlier, or give scales above 0."
+        )
+
+
+def _carry(mixture, x, same, alpha, beta, new_alpha, new_beta):
+    """The map of one distribution; all but it (B, D)."""
+    log_weights, means, scales = (part.astype(x.dtype) for part in _components(mixture))
+    means, scales = means.T[None], jnp.broadcast_to(scales, means.shape).T[None]
+
+    def law(alpha, beta):
+        alpha, beta = alpha[..., None], beta[..., None]
+        return alpha * means, jnp.sqrt(alpha**2 * scales**2 + beta**2)
+
+    return _transport(x, same, log_weights, *law(alpha, beta), *law(new_alpha, new_beta))
+
+
+def flow_map(path, distribution) -> Callable:
+    """The exact flow map, which carries a state along the probability flow from any time to any other, earlier or later.
+
+    d/dt X_{s,t}(x) = u_t(X_{s,t}(x)),  X_{s,s}(x) = x        (8) (Boffi et al. 2024, arXiv:2406.07507)
+
+    On the line it is solved for, of one component in any dimension it is X_{s,t}(x) = alpha_t m + sqrt(v_t / v_s) (x - alpha_s m).
+    Its derivatives are exact too, of any order, forwards and in reverse, in x, in both times and in the numbers of the distribution and
+    the path: in t the velocity at X_{s,t}(x), in s minus dX / dx times the velocity at x. In a time they exist where the path's do.
+
+    Args:
+      path: anything with `alpha(t)` and `beta(t)`.
+      distribution: a `GaussianMixture` of one component, or of any number of one coordinate; or a tuple of such, of a vector whose parts
+        are independent.
+    Returns:
+      The map, (x, s, t) -> like x: states (B, ...) at s, and where they are at t, both times () or (B,). Of a tuple the states are
+      (B, D), its parts side by side. With scales above 0 it exists from 0 to 1; points without noise go nowhere, and no map starts there.
+    Raises:
+      TypeError: if `path` is no path, or `distribution` none of these.
+      ValueError: if several components have several coordinates, or a distribution's arrays do not go together or are out of range; of
+        the map, if the state is not like them, or it is known to start from points.
+    """
+    checks.path(path)
+    several, follow = isinstance(distribution, tuple), "follow marginals.velocity by sampling.sample_ode."
+    parts = distribution if several else (distribution,)
+    for part in parts:
+        if not isinstance(part, GaussianMixture):
+            raise TypeError(
+                f"distribution, or a part of it, is of the type {type(part).__name__}, but an exact map is that of a GaussianMixture, or "
+                f"of a tuple of them: of others {follow}"
+            )
+    shapes = [_components(part)[1].shape for part in parts]
+    for count, numbers in shapes:
+        if count > 1 and numbers > 1:
+            raise ValueError(
+                f"distribution has {count} components of {numbers} coordinates, but an exact map is that of one component, or of one "
+                f"coordinate: give a tuple of distributions if the coordinates are independent, else {follow}"
+            )
+    if several and (not parts or any(_layout(part) is not None for part in parts)):
+        raise ValueError("distribution is a tuple, but not of distributions of one array each: give one at least, with means (K, D).")
+    sizes = [numbers for _, numbers in shapes]
+
+    def flow(x, s, t):
+        like, (x, layout) = x, _state(path, parts[0], x)
+        if (several and x.ndim != 2) or x[0].size != sum(sizes):
+            raise ValueError(
+                f"x has shape {x.shape}, but the distribution is one of {sum(sizes)} numbers per example: give x as (B, {sum(sizes)})"
+                + (", the parts of the tuple side by side." if several else ", or with as many on several axes.")
+            )
+        flat = x.reshape(x.shape[0], -1)
+        start, end = _time_of_map("s", s, flat), _time_of_map("t", t, flat)
+        if not isinstance(s, Tracer):
+            _check_start(path, parts, s)
+        schedules = [jnp.asarray(value, end.dtype) for value in (path.alpha(start), path.beta(start), path.alpha(end), path.beta(end))]
+        columns = [jnp.broadcast_to(each, flat.shape) for each in (flat.astype(end.dtype), start == end, *schedules)]
+        blocks = zip(*(jnp.split(each, np.cumsum(sizes)[:-1], axis=1) for each in columns), strict=True)
+        carried = [_carry(part, *block) for part, block in zip(parts, blocks, strict=True)]
+        value = jnp.concatenate(carried, axis=1).reshape(x.shape).astype(x.dtype)
+        return value if layout is None else layout.unflatten(value, like=like)
+
+    return flow

@@ -37,6 +37,7 @@ __all__ = [
     "Path",
     "Linear",
     "Lipman",
+    "ScaledNoise",
     "Cosine",
     "VariancePreserving",
     "Polynomial",
@@ -121,6 +122,36 @@ class Lipman:
     def beta(self, t) -> chex.ArrayDevice:
         """beta_t, like t."""
         return 1 - (1 - self.sigma_min) * t
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledNoise:
+    """A path with more noise, or less: large images hide less of themselves in noise of scale 1.
+
+    x_t = alpha_t x_1 + scale beta_t x_0    (Li and He 2025, arXiv:2511.13720)
+
+    with alpha and beta of the path. Samples start from `scale` times noise.
+
+    Raises:
+      ValueError: if `scale` is not above 0.
+    """
+
+    path: Any
+    """The path."""
+    scale: float = 2.0
+    """What its noise is multiplied with, above 0."""
+
+    def __post_init__(self):
+        checks.setting("scale", self.scale, "what the noise is multiplied with", above=True)
+
+    def alpha(self, t) -> chex.ArrayDevice:
+        """alpha_t, like t."""
+        return self.path.alpha(t)
+
+    def beta(self, t) -> chex.ArrayDevice:
+        """beta_t, like t."""
+        return self.scale * self.path.beta(t)
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import marginals, paths, sampling, targets
+from fmjax import betas, marginals, paths, sampling, targets
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,7 @@ class FlatEnds:
 
 BOUNDED = [paths.Linear(), paths.Cosine(), paths.Polynomial(2.0), paths.Polynomial(3.0)]
 """Paths whose derivative is finite on [0, 1]."""
-PATHS = [*BOUNDED, paths.VariancePreserving(), paths.SquareRoot(), VarianceExploding()]
+PATHS = [*BOUNDED, paths.VariancePreserving(), paths.SquareRoot(), VarianceExploding(), betas.linear()]
 TARGETS = [targets.velocity, targets.score, targets.noise, targets.data, targets.v]
 ORDERS = [(sampling.euler, 1), (sampling.heun, 2), (sampling.midpoint, 2), (sampling.ralston, 2), (sampling.rk4, 4)]
 """Steps that take any field on any grid, and the order of their error."""

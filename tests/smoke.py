@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import fmjax
-from fmjax import checkpoints, couplings, data, export, metrics, sampling, training
+from fmjax import checkpoints, couplings, data, export, metrics, pretrained, sampling, training
 
 EXTRAS = {
     "data": data.digits.load,
@@ -34,6 +34,8 @@ def main(readme):
     distance = float(metrics.sliced_wasserstein(jax.random.key(1), names["x_1"], names["data"]))
     assert distance < 0.06, f"The samples are {distance} from the data."
     checkpoints.save("checkpoint", names["state"])
+    pretrained.write("points.safetensors", {"x_1": names["x_1"]})
+    assert metrics.frechet_distance(pretrained.read("points.safetensors")["x_1"], names["x_1"]) < 1e-6
     for extra, call in EXTRAS.items():
         said = "nothing: the environment is not of the core dependencies alone"
         try:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import aot, couplings, gpu, harness, other_libraries, parallel, sampling, solvers, train_step
+from benchmarks import aot, couplings, flow_maps, gpu, harness, other_libraries, parallel, published, sampling, solvers, train_step
 
 TINY = sampling.Config(
     batches=(4,),
@@ -70,6 +70,27 @@ def test_couplings_are_measured_beside_pot(monkeypatch):
     monkeypatch.setattr(couplings, "SIZES", (40,))
     (row,) = finished(couplings.assignment(TINY))
     assert row["cost"] < 1e-5
+
+
+def test_published_networks_are_measured():
+    config = published.Config(
+        model="DiT-S/8", depth=1, size=16, widths=(32, 64), inception_batch=1, seconds=0.0, repeats=1, precision=1.0, baselines=False
+    )
+    time, memory = finished(published.safetensors(config))
+    assert time["name"] == "DiT-S/8, 1 blocks, 4 M parameters from .safetensors: time"
+    assert memory["value"] > 0.5
+    (images,) = finished(published.decoder(config))
+    assert images["name"] == "decoder, 16 x 16, batch 1, fmjax: images"
+
+
+def test_steps_and_samples_of_flow_maps_are_measured():
+    config = flow_maps.Config(depth=1, batch=2, seconds=0.0, repeats=2, precision=1.0)
+    found = {row["name"].removeprefix("DiT-S/8, 1 blocks, batch 2, float32, "): row for row in finished(flow_maps.train(config))}
+    assert found["a step of MeanFlow over one of flow matching: time"]["goal"] == "<= 2.2"
+    assert found["a step of improved MeanFlow over one of flow matching: temporary memory"]["unit"] == "ratio"
+    assert found["a step of flow matching: compile time"]["unit"] == "s"
+    (row,) = finished(flow_maps.sample(config))
+    assert row["value"] < 1
 
 
 def test_what_solvers_add_is_measured(monkeypatch):

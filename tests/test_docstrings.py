@@ -20,7 +20,23 @@ import optax
 import pytest
 
 import fmjax
-from fmjax import bridges, checkpoints, couplings, export, losses, marginals, metrics, parallel, paths, plots, sampling, times, training
+from fmjax import (
+    bridges,
+    checkpoints,
+    couplings,
+    export,
+    guidance,
+    losses,
+    marginals,
+    metrics,
+    parallel,
+    paths,
+    plots,
+    pretrained,
+    sampling,
+    times,
+    training,
+)
 from fmjax.data import images, latents, pipeline
 from fmjax.models import dit, mlp, unet
 
@@ -39,8 +55,9 @@ UNLISTED = {
     "paths": {"fits", "on_states"},
     "states": {"example_shape"},
     "models.conditions": {"embed"},
-    "models.layers": {"as_matrix", "batch_times", "by", "check_labels", "described", "require_images"},
+    "models.layers": {"as_matrix", "batch_times", "both_times", "by", "check_labels", "described", "embed_times", "require_images"},
     # Parts of a network, after which flax names parameters.
+    "models.autoencoder": {"Attention", "Decoder", "Encoder", "Residual"},
     "models.dit": {"Attention", "Block", "ContextTokens", "Patches"},
     "models.unet": {"Conv", "PixelAttention", "Residual"},
 }
@@ -268,6 +285,14 @@ def with_latents(folder):
     return {"Path": Path, "latents": latents, "arrays": np.ones((2, 3)), "labels": [0, 1]}
 
 
+def with_network(folder):
+    network = dit.DiT(patch_size=2, hidden_size=384, depth=1, num_heads=6, num_classes=1000)
+    params, x_0 = network.init(KEY, jnp.ones((2, 4, 4, 4)), 0.5, jnp.zeros(2, int)), jnp.ones((2, 4, 4, 4))
+    pretrained.write(folder / "SiT-XL-2-256x256.pt", pretrained.sit_tensors(network, params, (4, 4, 4)))
+    names = {"pretrained": pretrained, "guidance": guidance, "sampling": sampling, "times": times}
+    return names | {"x_0": x_0, "y": jnp.array([207, 360])}
+
+
 def with_data_sets(_):
     record = {"image": np.zeros((28, 28), np.uint8), "label": 1}
     datasets = types.SimpleNamespace(load_dataset=lambda name, split: [record])
@@ -299,6 +324,7 @@ NAMESPACES = {
     "parallel": lambda _: trained() | {"parallel": parallel, "pipeline": pipeline, "source": examples(256)},
     "paths": lambda _: {"dataclasses": dataclasses, "jax": jax},
     "plots": plotted,
+    "pretrained": with_network,
     "times.optimize_grid": lambda _: {"sampling": sampling, "times": times, "field": lambda x, t: jnp.cos(6 * t) * x, "x_0": X},
     "training.ema": lambda _: trained(),
     "training.evaluation.watch": lambda _: (

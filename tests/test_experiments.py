@@ -17,7 +17,7 @@ import tyro
 from PIL import Image
 
 from experiments import conditions, dynamics, gallery, images, predictions, run_folder, series, sf2m_table, snapshots, toy
-from fmjax import files, paths, training
+from fmjax import files, paths, pretrained, training
 from fmjax.data import latents
 from fmjax.models import unet
 
@@ -247,8 +247,13 @@ def test_digits_sample_again_from_their_checkpoint(tmp_path):
     images.main(small)
     trained = read(tmp_path, PLOTS, ["checkpoints", "tensorboard", "samples"])
     (tmp_path / "samples.png").unlink()
-    images.main(dataclasses.replace(small, train=False, save_images=1))
+    images.main(dataclasses.replace(small, train=False, save_images=1, export=tmp_path / "export"))
     assert {path.name for path in (tmp_path / "samples").rglob("*.png")} == {"0000.png"}
+    network = pretrained.sit(pretrained.read(tmp_path / "export" / "network.safetensors"), num_heads=2, time_scale=1000.0)
+    assert (network.size, network.model.num_classes, network.model.depth) == ((8, 8, 1), 10, 1)
+    with np.load(tmp_path / "export" / "held_out.npz") as arrays:
+        held_out = np.stack([image for image, _ in images.open_data(small).held_out])
+        np.testing.assert_allclose(arrays["arr_0"] / 127.5 - 1, held_out, atol=0.01)
     again = read(tmp_path, PLOTS, ["checkpoints"])
     measured = {name for name in again if "seconds" not in name}
     assert trained.keys() - again.keys() == {"training steps per second", "training loss per pixel, last tenth"}
@@ -468,6 +473,9 @@ def test_data_from_files_and_folders(tmp_path):
         images.main(dataclasses.replace(small, save_images=1))
     with pytest.raises(SystemExit, match=r"--save-every is 15: give a multiple of --log-every, 10"):
         images.main(dataclasses.replace(small, log_every=10, save_every=15))
+    for changes in ({"path": paths.Cosine()}, {"network": images.UNet()}):
+        with pytest.raises(SystemExit, match="--export writes a transformer that follows the linear path"):
+            images.main(dataclasses.replace(small, export=tmp_path / "export", **changes))
     with pytest.raises(SystemExit, match=r"--eval-every is 15: give a multiple of --log-every, 10"):
         images.main(dataclasses.replace(small, log_every=10, save_every=20, eval_every=15))
     assert not (tmp_path / "run").exists()

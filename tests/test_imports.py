@@ -18,6 +18,7 @@ JAX = [
     "files",
     "states",
     "paths",
+    "betas",
     "targets",
     "marginals",
     "times",
@@ -27,8 +28,9 @@ JAX = [
     "guidance",
     "inverse",
     "likelihood",
+    "flow_maps",
 ]
-CHAPTERS = [*JAX, *["models", "metrics", "data", "training", "parallel", "couplings", "checkpoints", "export", "plots"]]
+CHAPTERS = [*JAX, *["models", "pretrained", "data", "training", "parallel", "metrics", "couplings", "checkpoints", "export", "plots"]]
 APART = "experiments", "benchmarks", "tests"
 
 
@@ -75,7 +77,7 @@ def test_every_public_name_is_found_by_completion():
         if hasattr(module, "__path__"):
             assert listed is not None, f"fmjax/{chapter}/__init__.py lists its public names"
             assert set(listed) <= set(dir(module))
-    with pytest.raises(AttributeError, match="fmjax has no chapter 'solvers': the chapters are bridges, checkpoints, "):
+    with pytest.raises(AttributeError, match="fmjax has no chapter 'solvers': the chapters are betas, bridges, checkpoints, "):
         assert fmjax.solvers
 
 

@@ -11,7 +11,7 @@ from cases import BOUNDED, PATHS, VarianceExploding, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmjax import losses, paths
+from fmjax import betas, losses, paths
 
 each_path = pytest.mark.parametrize("path", PATHS, ids=name)
 
@@ -25,7 +25,7 @@ def draws(key, shape=(5, 4, 4, 3), dtype=None):
 @pytest.mark.parametrize("path", [path for path in PATHS if not isinstance(path, VarianceExploding)], ids=name)
 def test_ends_are_noise_and_data(path):
     zero, one = jnp.zeros(()), jnp.ones(())
-    trace_of_data = 0.0066 if isinstance(path, paths.VariancePreserving) else 0
+    trace_of_data = {paths.VariancePreserving: 0.0066, betas.Betas: 0.00635}.get(type(path), 0)
     np.testing.assert_allclose(path.alpha(zero), trace_of_data, atol=1e-4)
     np.testing.assert_allclose(path.beta(zero), 1, atol=1e-4)
     assert path.alpha(one) == 1

@@ -24,6 +24,7 @@ import pytest
 
 import fmjax
 from fmjax import (
+    betas,
     checkpoints,
     guidance,
     inverse,
@@ -33,12 +34,13 @@ from fmjax import (
     metrics,
     parallel,
     paths,
+    pretrained,
     sampling,
     targets,
     times,
     training,
 )
-from fmjax.models import conditions, dit, layers, mlp, unet
+from fmjax.models import autoencoder, conditions, dinov2, dit, layers, mlp, unet
 
 LIBRARY = str(Path(fmjax.__file__).parent)
 PATH, B = paths.Linear(), 3
@@ -55,7 +57,30 @@ def SCORE(x, t):
     return -x
 
 
+def PREDICT(x, t):
+    """A velocity, and what a network says of the variance."""
+    return VELOCITY(x, t), jnp.tanh(x)
+
+
+def parameters(model, *inputs):
+    """Ones, of the shapes of a network's."""
+    return jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), jax.eval_shape(model.init, KEY, *inputs))
+
+
+IMAGES, MOMENTS = np.zeros((1, 4, 4, 4), np.float32), metrics.moments(X)
+SIT = dit.DiT(patch_size=2, hidden_size=8, depth=1, num_heads=2, num_classes=3)
+JIT = SIT.clone(
+    bottleneck=4, norm=layers.RMSNorm, qk_norm=layers.RMSNorm, mlp_layer=dit.SwiGLU, rotary=True, class_tokens=2, context_start=0
+)
+TENSORS = {
+    name: pretrained.sit_tensors(model, parameters(model, IMAGES, 0.5, np.zeros(1, int)), (4, 4, 4))
+    for name, model in {"dit": SIT.clone(learn_sigma=True), "sit": SIT, "jit": JIT}.items()
+}
+AUTOENCODER = autoencoder.Autoencoder(block_out_channels=(4, 4), layers_per_block=1, groups=2)
+DECODES = parameters(AUTOENCODER, np.zeros((1, 4, 4, 3), np.float32))
 LABELS = jnp.array([0, 1, 2])
+LINE = marginals.GaussianMixture(jnp.ones(2), jnp.array([[1.0], [-1.0]]), jnp.ones(2))
+NORMAL = marginals.GaussianMixture(jnp.ones(1), jnp.zeros((1, 2)), 1.0)
 STATE = training.init({"w": jnp.ones(3)}, optax.sgd(0.1))
 
 
@@ -242,6 +267,48 @@ KINDS: dict[str, list[Wrong]] = {
         *wrong(numbers=lambda x: x[:, 0], none_at_all=lambda x: x[:0], other_length=lambda x: x[:, :2], one_number=1.0),
         *DTYPES,
     ],
+    "features": [
+        *NOT_ARRAYS,
+        *wrong(complex_numbers=lambda x: x + 1j, nan=lambda x: x.at[1, 0].set(jnp.nan), infinite=lambda x: x.at[1, 0].set(jnp.inf)),
+        *wrong(numbers=lambda x: x[:, 0], none_at_all=lambda x: x[:0], one_number=1.0),
+        *DTYPES,
+    ],
+    "moments": [
+        *wrong(string="x", features=lambda _: X, a_pair=lambda right: (right.mean, right.covariance)),
+        *wrong(other_length=metrics.moments(X[:, :2])),
+    ],
+    "no moments": wrong(none=None),
+    "counted": wrong(no_count=metrics.Moments(MOMENTS.mean, MOMENTS.covariance)),
+    "covariance": [
+        *wrong(one_sample=metrics.moments(X[:1]), none_at_all=metrics.Moments(np.zeros(3), np.array([[1, 2, 0], [2, 1, 0], [0, 0, 1]]))),
+        *right(no_count=metrics.Moments(MOMENTS.mean, MOMENTS.covariance)),
+    ],
+    "pair of fields": [
+        *wrong(none=None, an_array=lambda _: X, gives_one=lambda _: VELOCITY, gives_three=lambda _: lambda x, t: (x, x, x)),
+        *wrong(gives_a_list=lambda _: lambda x, t: [x, x], gives_a_row=lambda _: lambda x, t: (x, x[:1])),
+        *wrong(gives_numbers=lambda _: lambda x, t: (x, x[:, 0]), gives_nothing=lambda _: lambda x, t: (x, None)),
+        *wrong(gives_a_velocity_of_a_row=lambda _: lambda x, t: (x[:1], x[:1])),
+    ],
+    "steps of a table": [
+        *wrong(none=None, string="3", zero=0, negative=-1, fraction=1.5, nan=np.nan, true=True, too_many=1001),
+        *wrong(
+            falling=[2, 1], equal=[1, 1], below=[-1, 1], beyond=[1, 1000], fractions=[0.5, 1.0], nothing=[], square=np.eye(2, dtype=int)
+        ),
+        *right(indices=range(0, 1000, 40), numpy=np.int64(3)),
+    ],
+    "few betas": wrong(few=20),
+    "tensors": [
+        *wrong(none=None, a_path="network.pt", an_array=lambda _: X, names=list, nothing={}),
+        *wrong(fewer=lambda right: dict(list(right.items())[:-1]), more=lambda right: right | {"other.weight": X}),
+        *wrong(another_shape=lambda right: right | {name: right[name][..., :-1] for name in list(right)[-1:]}),
+        *wrong(not_finite=lambda right: right | {name: right[name] * np.nan for name in list(right)[-1:]}),
+        *right(float64=lambda right: {name: tensor.astype(float) for name, tensor in right.items()}),
+    ],
+    "params": [
+        *wrong(none=None, string="network.pt", an_array=lambda _: X, a_branch=lambda right: right["params"]),
+        *wrong(of_another=lambda _: {"params": {"Dense_0": {"kernel": X}}}),
+    ],
+    "index": wrong(string="3", negative=-1, fraction=1.5, nan=np.nan, true=True),
     "probes": wrong(
         none=None,
         string="x",
@@ -286,6 +353,10 @@ def drawn(step):
 
 def drawn_noisy(step):
     return lambda **arguments: sampling.sample_diffusion(PATH, VELOCITY, 0.5, KEY, X, GRID, step=step(**arguments))[0]
+
+
+def statistics(moments):
+    return moments.mean, moments.covariance
 
 
 def loss_fn(params, key, batch):
@@ -347,6 +418,16 @@ CALLS: dict[str, Call] = {
         {"field": VELOCITY, "source": PATH, "target": paths.Cosine(), "x": X, "t": 0.5},
         {"field": "field", "source": "path", "target": "path", "t": "time"},
         {"field": "value", "source": "path", "target": "path"},
+    ),
+    "betas.linear": Call(betas.linear, {"steps": 30}, {"steps": "count + few betas"}),
+    "betas.cosine": Call(betas.cosine, {"steps": 30}, {"steps": "count"}),
+    "betas.grid": Call(betas.grid, {"path": betas.linear(), "steps": 5}, {"path": "path", "steps": "steps of a table"}),
+    "betas.step_index": Call(betas.step_index, {"path": betas.linear(), "t": T}, {"path": "path", "t": "any times"}),
+    "marginals.flow_map": Call(
+        lambda path, distribution, x, s, t: marginals.flow_map(path, distribution)(x, s, t),
+        {"path": PATH, "distribution": (LINE, NORMAL), "x": X, "s": 0.2, "t": 0.5},
+        {"path": "path", "distribution": "distribution", "x": "batch", "s": "time", "t": "time"},
+        {"distribution": "distribution|weights|means|scales|points"},
     ),
     "losses.regression": Call(
         losses.regression,
@@ -483,6 +564,18 @@ CALLS: dict[str, Call] = {
         },
         {"velocity": f"velocity|{GIVES}"},
     ),
+    "sampling.learned_variance": Call(
+        drawn_noisy(sampling.learned_variance),
+        {"predict": PREDICT},
+        {"predict": "pair of fields"},
+        {"predict": "predict|v"},
+    ),
+    "sampling.clip_data": Call(
+        at(sampling.clip_data),
+        {"path": PATH, "velocity": VELOCITY, "low": -1.0, "high": 1.0},
+        {"path": "path", "velocity": "field", "low": "number", "high": "number"},
+        {"velocity": "field|value"},
+    ),
     "sampling.churn": Call(drawn_noisy(sampling.churn), {"make_step": sampling.path_heun}, {"make_step": "maker"}),
     "sampling.predictor_corrector": Call(
         drawn_noisy(sampling.predictor_corrector),
@@ -527,6 +620,11 @@ CALLS: dict[str, Call] = {
         )
         for name, combine in {"extrapolate": guidance.extrapolate, "cfg_zero_star": guidance.cfg_zero_star}.items()
     },
+    "guidance.channels": Call(
+        lambda count, combine: guidance.channels(count, combine)(X, X_0, 2.0),
+        {"count": 2, "combine": guidance.extrapolate},
+        {"count": "count", "combine": "function"},
+    ),
     "guidance.apg": Call(
         lambda **a: guidance.apg(**a)(X, X_0, 2.0),
         {"eta": 0.5, "norm_threshold": 1.0},
@@ -614,6 +712,72 @@ CALLS: dict[str, Call] = {
         {"key": KEY, "x": X, "y": X_0, "projections": 8},
         {"key": "key", "x": "samples", "y": "samples", "projections": "count"},
         {"x": "x|sets", "y": "y|sets"},
+    ),
+    "metrics.moments": Call(lambda features: statistics(metrics.moments(features)), {"features": X}, {"features": "features"}),
+    "metrics.update": Call(
+        lambda **a: statistics(metrics.update(**a)),
+        {"previous": MOMENTS, "features": X},
+        {"previous": "moments + counted", "features": "features"},
+        {"previous": "Moments|The moments|a is"},
+    ),
+    "metrics.merge": Call(
+        lambda **a: statistics(metrics.merge(**a)),
+        {"a": MOMENTS, "b": metrics.moments(X_0)},
+        {"a": "moments + no moments + counted", "b": "moments + no moments + counted"},
+        {"a": "a is|[Mm]oments", "b": "b is|[Mm]oments"},
+    ),
+    "metrics.frechet": Call(
+        metrics.frechet,
+        {"a": MOMENTS, "b": metrics.moments(X_0)},
+        {"a": "moments + no moments + covariance", "b": "moments + no moments + covariance"},
+        {"a": "a is|of a|moments|covariance", "b": "b is|of b|moments|covariance"},
+    ),
+    "metrics.kernel_distance": Call(
+        metrics.kernel_distance,
+        {"key": KEY, "x": X, "y": X_0, "subsets": 2, "subset_size": 2},
+        {"key": "key", "x": "samples", "y": "samples", "subsets": "count", "subset_size": "count"},
+        {"x": "x|sets", "y": "y|sets"},
+    ),
+    "metrics.inception_score": Call(metrics.inception_score, {"logits": X, "splits": 1}, {"logits": "features", "splits": "count"}),
+    **{
+        f"metrics.{name}": Call(
+            metric,
+            {"real": X, "fake": X_0, "k": 1},
+            {"real": "samples", "fake": "samples", "k": "count"},
+            {"real": "real|sets", "fake": "fake|sets"},
+        )
+        for name, metric in {"precision_recall": metrics.precision_recall, "density_coverage": metrics.density_coverage}.items()
+    },
+    **{
+        f"pretrained.{name}": Call(
+            lambda load=load, **a: load(**a).params,
+            {"tensors": TENSORS[name], "num_heads": 2, **more},
+            {"tensors": "tensors", "num_heads": "count", **kinds},
+            {"tensors": "tensors|The file|has shape|not finite"},
+        )
+        for name, load, more, kinds in (
+            ("dit", pretrained.dit, {}, {}),
+            ("sit", pretrained.sit, {"time_scale": 1.0}, {"time_scale": "positive number"}),
+            ("jit", pretrained.jit, {"noise_scale": 2.0, "context_start": 0}, {"noise_scale": "positive", "context_start": "index"}),
+        )
+    },
+    "pretrained.sit_tensors": Call(
+        pretrained.sit_tensors,
+        {"model": SIT, "params": parameters(SIT, IMAGES, 0.5, np.zeros(1, int)), "size": (4, 4, 4)},
+        {"params": "params"},
+        {"params": "params|parameters"},
+    ),
+    "pretrained.autoencoder": Call(
+        lambda tensors: pretrained.autoencoder(tensors, AUTOENCODER),
+        {"tensors": pretrained.autoencoder_tensors(DECODES, AUTOENCODER)},
+        {"tensors": "tensors"},
+        {"tensors": "tensors|The file|has shape|not finite"},
+    ),
+    "pretrained.autoencoder_tensors": Call(
+        lambda params: pretrained.autoencoder_tensors(params, AUTOENCODER),
+        {"params": DECODES},
+        {"params": "params"},
+        {"params": "params|parameters"},
     ),
     "likelihood.normal": Call(likelihood.normal, {"x": X}, {"x": "batch"}),
     "likelihood.dequantize": Call(
@@ -714,7 +878,17 @@ ELSEWHERE = {
     "in test_metrics.py": {
         f"metrics.{name}" for name in ["path_length", "path_energy", "straightness", "curvature", "normalized_path_energy"]
     },
+    "in test_collect.py and test_features.py": {f"metrics.{name}" for name in ["collect", "load_moments", "save_moments"]},
+    "in test_published.py": {"pretrained.sit_metadata"},
+    "files, in test_tensors.py": {"pretrained.read", "pretrained.write"},
+    "networks of fixed sizes, in test_published_unets.py, test_inception.py and test_dinov2.py; and below": {
+        f"pretrained.{name}" for name in ["adm", "adm_classifier", "torchcfm", "edm_adm", "inception", "dinov2"]
+    },
     "in test_evaluation.py": {"training.watch"},
+    "in test_flow_maps.py": {
+        *(f"flow_maps.{name}" for name in fmjax.flow_maps.__all__),
+        *(f"sampling.{name}" for name in ["sample_map", "sample_map_renewed", "reverse_map"]),
+    },
     "in test_bridges.py and test_couplings.py": {
         *(f"bridges.{name}" for name in ["interpolate", "flow", "conditional_velocity", "conditional_score", "score"]),
         *(f"couplings.{name}" for name in ["independent", "optimal", "partial", "sinkhorn", "draw", "reflow"]),
@@ -741,7 +915,10 @@ ELSEWHERE = {
         "parallel.require_memory",
     },
 }
-CHAPTERS = "paths targets losses times sampling guidance inverse marginals metrics likelihood training parallel bridges couplings"
+CHAPTERS = (
+    "paths betas targets losses times sampling guidance inverse marginals metrics likelihood training parallel bridges couplings "
+    "pretrained flow_maps"
+)
 
 
 def outcome(call, argument, value):
@@ -931,6 +1108,24 @@ def measured(step, last=None):
             lambda: layers.LabelEmbedding(300, 8).init(KEY, jnp.zeros(3, jnp.uint8)),
             "y has dtype uint8, which ends at 255, but labels are 0 to 300",
         ),
+        **{
+            f"a path for the tensors of {load.__name__}": (lambda load=load, more=more: load("x.pt", *more), "tensors is 'x.pt', .*read")
+            for load, *more in (
+                *[[getattr(pretrained, name)] for name in ("dit", "adm", "adm_classifier", "torchcfm", "edm_adm", "inception")],
+                [pretrained.dinov2, dinov2.DINOv2_S()],
+            )
+        },
+        "a size of ADM that was not published": (lambda: pretrained.adm({}, 100), "image_size is 100, but published sizes are 64, 128"),
+        "a variance that is not predicted": (
+            lambda: pretrained.sit(TENSORS["sit"], num_heads=2).guided(LABELS, 3, 2.0),
+            "predicts no variance: take another step, such as sampling.ancestral",
+        ),
+        "heads of a size of one's own": (lambda: pretrained.sit(TENSORS["sit"]), "No published size has 8 features, .* give it"),
+        "guidance of more channels than there are": (
+            lambda: guidance.channels(5)(X, X_0, 2.0),
+            r"count is 5, but the value has shape \(3, 3\): it has 3 channels",
+        ),
+        "whole steps of another path": (lambda: betas.grid(PATH, 4), "path is Linear.*, but a grid of whole steps .*times.uniform_grid"),
         "a velocity that is infinite at data, in churn": (
             diffused(VP, sampling.churn(lambda path: sampling.heun)),
             "is infinite at t = 1",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["folder", "records", "arrays", "Source", "scale"]
+__all__ = ["folder", "records", "arrays", "files", "read", "Source", "scale"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
@@ -146,6 +146,39 @@ def records(source, *, size, channels=3, image="image", label="label") -> Source
     return Source(len(source), functools.partial(_read_record, source, size, channels, image, label))
 
 
+def files(root) -> list[str]:
+    """The images in a folder and in those below it, png, jpg, jpeg, bmp, webp or gif; hidden ones do not count.
+
+    Args:
+      root: the folder.
+    Returns:
+      Their paths, sorted.
+    Raises:
+      FileNotFoundError: if there is no such folder, or no image in it.
+    """
+    root = Path(root)
+    found = _images_in(root, root.rglob("*")) if root.is_dir() else []
+    if not found:
+        raise FileNotFoundError(f"{root} is no folder with images; expected files that end in {', '.join(SUFFIXES)}.")
+    return found
+
+
+def read(file, channels=3) -> np.ndarray:
+    """An image as it is, turned as EXIF says; transparency is dropped.
+
+    Args:
+      file: of one of the kinds of `files`.
+      channels: 3 for RGB, 1 for grey.
+    Returns:
+      (H, W, channels), uint8.
+    Raises:
+      ImportError: if Pillow is not installed (`pip install fmjax[images]`).
+      ValueError: if it cannot be decoded, or `channels` is neither 1 nor 3.
+    """
+    _check(1, channels)
+    return _decoded(file, lambda picture: _array(_eight_bits(picture), channels))
+
+
 def _check(size, channels):
     _pillow()
     if size < 1 or channels not in (1, 3):
@@ -211,24 +244,39 @@ def _read_record(source, size, channels, image, label, index):
 
 
 def _open(file, size, channels):
+    return _decoded(file, lambda picture: _square(picture, size, channels))
+
+
+def _decoded(file, use):
+    """What is made of a file's picture."""
     PIL = _pillow()
     if not Path(file).is_file():
         raise ValueError(f"{file} is no file of its own (a pipe, a device, a broken link?). Remove it, or give skip_broken=True.")
     try:
         with PIL.Image.open(file, formats=FORMATS) as picture:
-            return _square(PIL.ImageOps.exif_transpose(picture), size, channels)
+            return use(PIL.ImageOps.exif_transpose(picture))
     # Pillow's decoders raise nearly anything, from OSError to struct.error, on damaged data.
     except Exception as error:
         raise ValueError(f"{file} cannot be decoded: {error}. Mend it, remove it, or give skip_broken=True.") from error
 
 
-def _square(picture, size, channels):
-    PIL = _pillow()
+def _eight_bits(picture):
     if picture.mode.startswith("I;16"):
         # Pillow would clip sixteen bits to eight.
-        picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.mode in ("I", "F"):
+        return _pillow().Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
         raise ValueError(f"The image has the mode {picture.mode}, of 32 bits; expected 8 or 16 bits per channel: convert it.")
+    return picture
+
+
+def _array(picture, channels):
+    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _square(picture, size, channels):
+    PIL = _pillow()
+    picture = _eight_bits(picture)
     side = min(picture.size)
     # Whole pixels, so that a square of the wanted size comes out as it is.
     left, top = ((length - side) // 2 for length in picture.size)

@@ -121,11 +121,13 @@ class Label(nn.Module):
 
     num_classes: int
     """How many classes there are; the label of that number is no class."""
+    null_label: bool = True
+    """Whether there is a label for no class: some published networks have none, and refuse it."""
 
     @nn.compact
     def __call__(self, y, x, features):
         layers.check_labels(self.num_classes, y, x)
-        return Embedded(vector=layers.LabelEmbedding(self.num_classes, features, name="label")(y))
+        return Embedded(vector=layers.LabelEmbedding(self.num_classes, features, self.null_label, name="label")(y))
 
 
 class Vector(nn.Module):

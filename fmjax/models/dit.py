@@ -208,9 +208,11 @@ class DiT(nn.Module):
     scan: bool = False
     """Whether to compile one block and loop over it, its parameters stacked (see `stack`). Without `remat`, the backward pass finds the
     products of its layers and computes the rest again."""
+    end_time: bool = False
+    """Whether the network has a second time, `end`: how far it is from t is embedded beside t (see `flow_maps`)."""
 
     @nn.compact
-    def __call__(self, x, t, y=None, deterministic=True, mask=None):
+    def __call__(self, x, t, y=None, deterministic=True, mask=None, end=None):
         self._check(x)
         given = conditions.embed(self, y, x, self.hidden_size)
         if self.class_tokens and given.vector is None:
@@ -229,7 +231,7 @@ class DiT(nn.Module):
         h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(inputs)
         h = h + layers.grid_positions(*grid, self.hidden_size).astype(self.dtype)
 
-        c = layers.TimeEmbedding(self.hidden_size, self.time_embedding, dtype=self.dtype, name="time")(layers.batch_times(t, x))
+        c = layers.embed_times(self, layers.TimeEmbedding(self.hidden_size, self.time_embedding, dtype=self.dtype), t, end, x)
         if given.vector is not None:
             vector = given.vector.astype(self.dtype)
             c = c + vector

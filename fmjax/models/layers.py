@@ -142,12 +142,46 @@ class TimeEmbedding(nn.Module):
     """Initialiser of both layers' weights."""
     dtype: jnp.dtype = jnp.float32
     """Precision of the computation; parameters are float32."""
+    last_init: nn.initializers.Initializer | None = None
+    """Of the second layer, where it is another one."""
 
     @nn.compact
     def __call__(self, t):
         h = self.frequency_embedding(t).astype(self.dtype)
         h = nn.silu(nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype)(h))
-        return nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype)(h)
+        return nn.Dense(self.features, kernel_init=self.last_init or self.kernel_init, dtype=self.dtype)(h)
+
+
+def both_times(network, t, end, x) -> list[chex.ArrayDevice]:
+    """A network's time, and how far its end is from it where it has one, (B,) each."""
+    t = batch_times(t, x)
+    if network.end_time:
+        return [t, jnp.zeros_like(t) if end is None else batch_times(end, x) - t]
+    if end is not None:
+        raise ValueError("end is given, but this network has one time alone: make it with end_time=True.")
+    return [t]
+
+
+def embed_times(network, embedding, t, end, x) -> chex.ArrayDevice:
+    """The embedding of a network's time, and of how far away its end is where it has one, which at first adds nothing.
+
+    Args:
+      network: has a field `end_time`, whether there is one.
+      embedding: a `TimeEmbedding` without a name.
+      t: times, () or (B,).
+      end: of the interval, likewise, or None.
+      x: states, (B, ...).
+    Returns:
+      (B, features).
+    Raises:
+      ValueError: if there is an end and the network has none.
+    """
+    t, *interval = both_times(network, t, end, x)
+    e = embedding.copy(name="time")(t)
+    if not interval:
+        return e
+    frequencies = embedding.frequency_embedding.copy(name=None)
+    return e + embedding.copy(frequency_embedding=frequencies, last_init=nn.initializers.zeros_init(), name="interval")(*interval)
 
 
 class LogVariance(nn.Module):
@@ -174,24 +208,31 @@ class LabelEmbedding(nn.Module):
     """How many classes there are; the label of that number is no class."""
     features: int
     """Of each vector."""
+    null_label: bool = True
+    """Whether there is a vector for no class. Networks that were published without one have seen a class on every example."""
 
     @nn.compact
     def __call__(self, y):
-        table = self.param("embedding", nn.initializers.normal(0.02), (self.num_classes + 1, self.features))
+        rows = self.num_classes + self.null_label
+        words = f"0 to {rows - 1}" + (" (the last means no class)" if self.null_label else "")
+        table = self.param("embedding", nn.initializers.normal(0.02), (rows, self.features))
         y = jnp.asarray(y)
         if not jnp.issubdtype(y.dtype, jnp.integer):
-            raise TypeError(f"y has dtype {y.dtype}, but labels are integers from 0 to {self.num_classes} (the last means no class).")
-        if jnp.iinfo(y.dtype).max < self.num_classes:
+            raise TypeError(f"y has dtype {y.dtype}, but labels are integers from {words}.")
+        if jnp.iinfo(y.dtype).max < rows - 1:
             raise TypeError(
-                f"y has dtype {y.dtype}, which ends at {jnp.iinfo(y.dtype).max}, but labels are 0 to {self.num_classes} (the last means no "
-                "class): convert it with .astype(jnp.int32) before larger ones wrap around."
+                f"y has dtype {y.dtype}, which ends at {jnp.iinfo(y.dtype).max}, but labels are {words}: convert it with "
+                ".astype(jnp.int32) before larger ones wrap around."
             )
         if not isinstance(y, Tracer) and y.is_fully_addressable:
-            wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) > self.num_classes)]
+            wrong = np.asarray(y)[(np.asarray(y) < 0) | (np.asarray(y) >= rows)]
             if wrong.size:
-                raise ValueError(
-                    f"label {wrong.flat[0]} is out of range: labels are 0 to {self.num_classes - 1}, and {self.num_classes} means no class."
+                last = (
+                    f"{self.num_classes} means no class."
+                    if self.null_label
+                    else "this network has no label for no class (null_label is False): it cannot be guided without a classifier."
                 )
+                raise ValueError(f"label {wrong.flat[0]} is out of range: labels are 0 to {self.num_classes - 1}, and {last}")
         return jnp.asarray(table).at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 

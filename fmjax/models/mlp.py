@@ -67,10 +67,12 @@ class MLP(nn.Module):
     """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`; None is the time itself."""
     layer: Callable = plain
     """Makes the layers, `(features, activation)` to a function of h and of the embedding e: `plain` or `Residual`."""
+    end_time: bool = False
+    """Whether the network has a second time, `end`: how far it is from t is another input, or embedded beside t (see `flow_maps`)."""
 
     @nn.compact
-    def __call__(self, x, t, y=None):
-        t = layers.batch_times(t, x)
+    def __call__(self, x, t, y=None, end=None):
+        times = layers.both_times(self, t, end, x)
         h = x.reshape(x.shape[0], -1)
         features = h.shape[1]
         given = conditions.embed(self, y, x, self.hidden_size, label="LabelEmbedding_0")
@@ -81,9 +83,11 @@ class MLP(nn.Module):
                     "or conditions.Vector, or take a DiT or a UNet."
                 )
         if self.time_embedding is None:
-            e = t[:, None]
+            e = jnp.stack(times, axis=-1)
         else:
-            e = layers.TimeEmbedding(self.hidden_size, self.time_embedding, nn.initializers.lecun_normal(), name="time")(t)
+            e = layers.embed_times(
+                self, layers.TimeEmbedding(self.hidden_size, self.time_embedding, nn.initializers.lecun_normal()), t, end, x
+            )
         h = jnp.concatenate([e, h], axis=-1)
         if given.vector is not None:
             h, e = (jnp.concatenate([part, given.vector], axis=-1) for part in (h, e))

@@ -10,11 +10,13 @@ scales and shifts by it:
 
 with C convolutions, N `layers.GroupNorm`, W a dense layer and S the identity, or a dense layer where the channels change. The
 layers, their paddings, their order of channels and their constants are those of the published PyTorch networks, so that their
-weights fit. The defaults are torchcfm's network for CIFAR-10, but for the scale of its time; the course's third lab is `LabUNet`;
-ADM's for ImageNet at 256 pixels, which counts its time to 1000, is
+weights fit, and `pretrained.unets` has them by name. The defaults are torchcfm's network for CIFAR-10, but for the scale of its time;
+the course's third lab is `LabUNet`; ADM's for ImageNet at 256 pixels, which counts its time to 1000, is
 
     UNet(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(8, 16, 32), scale_shift_norm=True,
          resblock_updown=True, learn_sigma=True, dropout=0.0)
+
+`Classifier` is the way down alone, which tells the class of a noisy image.
 """
 
 import functools
@@ -27,7 +29,7 @@ from jax import lax
 
 from fmjax.models import conditions, layers
 
-__all__ = ["UNet", "LabUNet"]
+__all__ = ["UNet", "LabUNet", "Classifier"]
 
 # PyTorch's first weights: uniform with variance 1 / (3 fan_in).
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -132,6 +134,78 @@ class PixelAttention(nn.Module):
         return h + cross(pixels, *context).reshape(h.shape)
 
 
+def _layers(network, e, context=None, deterministic=True):
+    """Two functions that apply a residual block, and attention, of a name, with the network's fields."""
+    remat = functools.partial(nn.remat, static_argnums=(3, 4)) if network.remat else lambda module: module
+
+    def residual(h, name, width, resample=None):
+        block = remat(Residual)(width, network.dropout, network.scale_shift_norm, network.groups, network.dtype, name=name)
+        return block(h, e, resample, deterministic)
+
+    def attend(h, name):
+        heads = network.num_heads or h.shape[-1] // network.head_dim
+        return (nn.remat(PixelAttention) if network.remat else PixelAttention)(heads, network.groups, network.dtype, name=name)(h, context)
+
+    return residual, attend
+
+
+def _down(network, inputs, channels, residual, attend):
+    """What each layer of the way down gives, from the first convolution to the smallest images."""
+    seen = [Conv(channels[0], dtype=network.dtype, name="in")(inputs)]
+    for level, width in enumerate(channels):
+        for i in range(network.num_res_blocks):
+            h = residual(seen[-1], f"down_{level}_{i}", width)
+            seen.append(attend(h, f"down_{level}_{i}_attention") if 2**level in network.attention_resolutions else h)
+        if level < len(channels) - 1 and network.resblock_updown:
+            seen.append(residual(seen[-1], f"down_{level}", width, _halve))
+        elif level < len(channels) - 1:
+            seen.append(Conv(width, 2, dtype=network.dtype, name=f"down_{level}")(seen[-1]))
+    return seen
+
+
+def _middle(h, attention, residual, attend):
+    width = h.shape[-1]
+    h = residual(h, "middle_0", width)
+    return residual(attend(h, "middle_attention") if attention else h, "middle_1", width)
+
+
+def _time_embedding(network):
+    frequencies = layers.Sinusoids(network.model_channels) if network.time_embedding is None else network.time_embedding
+    return layers.TimeEmbedding(4 * network.model_channels, frequencies, _uniform, network.dtype)
+
+
+def _check(network, x, channels, middle_attention=True, per_channel_norm=False):
+    layers.require_images(x)
+    multiple = 2 ** (len(channels) - 1)
+    if any(side % multiple for side in x.shape[1:-1]):
+        raise ValueError(
+            f"x of {layers.by(x.shape[1:-1])} positions cannot be halved {len(channels) - 1} times, once per level after the "
+            f"first: its sides must be multiples of {multiple}."
+        )
+    for width in channels:
+        if width % network.groups:
+            raise ValueError(f"A level has {width} channels, which is no multiple of the {network.groups} groups of the normalisation.")
+        if width == network.groups and not network.scale_shift_norm and not per_channel_norm:
+            raise ValueError(
+                f"{width} channels in {network.groups} groups are normalised one by one, which takes away the embedding that is added "
+                "before: use fewer groups, or scale_shift_norm; or per_channel_norm, for weights that were trained so."
+            )
+    at = dict(zip((2**level for level in range(len(channels))), channels, strict=True))
+    if not set(network.attention_resolutions) <= set(at):
+        raise ValueError(
+            f"attention_resolutions is {network.attention_resolutions}, but images are smaller by {', '.join(map(str, at))} at the levels."
+        )
+    widths = [*([channels[-1]] if middle_attention else []), *(at[shrink] for shrink in network.attention_resolutions)]
+    if widths and (network.num_heads is None) == (network.head_dim is None):
+        raise ValueError(
+            f"num_heads is {network.num_heads} and head_dim is {network.head_dim}, but one says what the other is: leave one None."
+        )
+    for width in widths:
+        if width % (network.num_heads or network.head_dim):
+            heads = f"{network.num_heads} heads" if network.num_heads else f"heads of {network.head_dim} channels"
+            raise ValueError(f"Attention among {width} channels cannot have {heads}, which do not divide them.")
+
+
 class UNet(nn.Module):
     """A U-Net for sequences, images and volumes of any size that halves often enough.
 
@@ -174,57 +248,41 @@ class UNet(nn.Module):
     remat: bool = False
     """Whether to recompute each block in the backward pass rather than to keep its activations."""
 
+    out_channels: int | None = None
+    """Channels of the output, or of its first half with `learn_sigma`; None is the input's."""
+    middle_attention: bool | None = None
+    """Whether there is attention in the middle; None is where there is attention elsewhere."""
+    per_channel_norm: bool = False
+    """Whether a level may have as many channels as groups, which takes away the embedding that is added there: torchcfm's network for
+    MNIST is published so."""
+    end_time: bool = False
+    """Whether the network has a second time, `end`: how far it is from t is embedded beside t (see `flow_maps`)."""
+
     @nn.compact
-    def __call__(self, x, t, y=None, deterministic=True):
+    def __call__(self, x, t, y=None, deterministic=True, end=None):
         channels = [int(self.model_channels * multiplier) for multiplier in self.channel_mult]
-        self._check(x, channels)
+        middle = bool(self.attention_resolutions) if self.middle_attention is None else self.middle_attention
+        _check(self, x, channels, middle, self.per_channel_norm)
         given = conditions.embed(self, y, x, 4 * self.model_channels)
         context = None if given.tokens is None else (given.tokens.astype(self.dtype), given.tokens_mask)
-        if context is not None and not self.attention_resolutions:
+        if context is not None and not self.attention_resolutions and not middle:
             raise ValueError(
                 "The condition gives tokens, but attention_resolutions is (), and tokens are seen where there is attention: give the "
                 "resolutions that have it."
             )
-        frequencies = layers.Sinusoids(self.model_channels) if self.time_embedding is None else self.time_embedding
-        embedding = layers.TimeEmbedding(4 * self.model_channels, frequencies, _uniform, self.dtype, name="time")
-        e = embedding(layers.batch_times(t, x))
+        e = layers.embed_times(self, _time_embedding(self), t, end, x)
         if given.vector is not None:
             e = e + given.vector.astype(self.dtype)
 
-        remat = functools.partial(nn.remat, static_argnums=(3, 4)) if self.remat else lambda module: module
-
-        def residual(h, name, width, resample=None):
-            block = remat(Residual)(width, self.dropout, self.scale_shift_norm, self.groups, self.dtype, name=name)
-            return block(h, e, resample, deterministic)
-
-        def attend(h, name, shrink=None):
-            if shrink not in self.attention_resolutions and (shrink is not None or not self.attention_resolutions):
-                return h
-            heads = self.num_heads or h.shape[-1] // self.head_dim
-            return (nn.remat(PixelAttention) if self.remat else PixelAttention)(heads, self.groups, self.dtype, name=name)(h, context)
-
-        last = len(channels) - 1
+        residual, attend = _layers(self, e, context, deterministic)
         inputs = x if given.image is None else jnp.concatenate([x, given.image.astype(x.dtype)], axis=-1)
-        h = Conv(channels[0], dtype=self.dtype, name="in")(inputs)
-        seen = [h]
-        for level, width in enumerate(channels):
-            for i in range(self.num_res_blocks):
-                h = attend(residual(h, f"down_{level}_{i}", width), f"down_{level}_{i}_attention", 2**level)
-                seen.append(h)
-            if level < last:
-                if self.resblock_updown:
-                    h = residual(h, f"down_{level}", width, _halve)
-                else:
-                    h = Conv(width, 2, dtype=self.dtype, name=f"down_{level}")(h)
-                seen.append(h)
-
-        h = residual(h, "middle_0", channels[-1])
-        h = residual(attend(h, "middle_attention"), "middle_1", channels[-1])
-
+        seen = _down(self, inputs, channels, residual, attend)
+        h = _middle(seen[-1], middle, residual, attend)
         for level, width in reversed(list(enumerate(channels))):
             for i in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, seen.pop()], axis=-1)
-                h = attend(residual(h, f"up_{level}_{i}", width), f"up_{level}_{i}_attention", 2**level)
+                h = residual(jnp.concatenate([h, seen.pop()], axis=-1), f"up_{level}_{i}", width)
+                if 2**level in self.attention_resolutions:
+                    h = attend(h, f"up_{level}_{i}_attention")
             if level > 0:
                 if self.resblock_updown:
                     h = residual(h, f"up_{level}", width, _double)
@@ -232,39 +290,8 @@ class UNet(nn.Module):
                     h = Conv(width, dtype=self.dtype, name=f"up_{level}")(_double(h))
 
         h = nn.silu(layers.GroupNorm(self.groups, name="norm_out")(h))
-        return Conv(x.shape[-1] * (1 + self.learn_sigma), kernel_init=_zeros, dtype=self.dtype, name="out")(h).astype(x.dtype)
-
-    def _check(self, x, channels):
-        layers.require_images(x)
-        multiple = 2 ** (len(channels) - 1)
-        if any(side % multiple for side in x.shape[1:-1]):
-            raise ValueError(
-                f"x of {layers.by(x.shape[1:-1])} positions cannot be halved {len(channels) - 1} times, once per level after the "
-                f"first: its sides must be multiples of {multiple}."
-            )
-        for width in channels:
-            if width % self.groups:
-                raise ValueError(f"A level has {width} channels, which is no multiple of the {self.groups} groups of the normalisation.")
-            if width == self.groups and not self.scale_shift_norm:
-                raise ValueError(
-                    f"{width} channels in {self.groups} groups are normalised one by one, which takes away the embedding that is added "
-                    "before: use fewer groups, or scale_shift_norm."
-                )
-        if not self.attention_resolutions:
-            return
-        at = dict(zip((2**level for level in range(len(channels))), channels, strict=True))
-        if not set(self.attention_resolutions) <= set(at):
-            raise ValueError(
-                f"attention_resolutions is {self.attention_resolutions}, but images are smaller by {', '.join(map(str, at))} at the levels."
-            )
-        if (self.num_heads is None) == (self.head_dim is None):
-            raise ValueError(
-                f"num_heads is {self.num_heads} and head_dim is {self.head_dim}, but one says what the other is: leave one None."
-            )
-        for width in (channels[-1], *(at[shrink] for shrink in self.attention_resolutions)):
-            if width % (self.num_heads or self.head_dim):
-                heads = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.head_dim} channels"
-                raise ValueError(f"Attention among {width} channels cannot have {heads}, which do not divide them.")
+        last = (self.out_channels or x.shape[-1]) * (1 + self.learn_sigma)
+        return Conv(last, kernel_init=_zeros, dtype=self.dtype, name="out")(h).astype(x.dtype)
 
 
 class LabUNet(UNet):
@@ -275,3 +302,71 @@ class LabUNet(UNet):
     attention_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
     groups: int = 8
+
+
+class Classifier(nn.Module):
+    """The way down of a U-Net and a pool by attention: the classifier of noisy images by which ADM is guided.
+
+    The mean m of the pixels h_i of the last features, after a normalisation, attends to them and to itself, each with a learnt position:
+
+        logits = W A(m + p_0; m + p_0, h_1 + p_1, h_2 + p_2, ...)    (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4.1)
+
+    `model.apply(params, x, t)`: x is (B, H, W, C), or a signal or a volume, whose sides are `image_size`, and t is () or (B,); the output
+    is (B, num_classes). `guidance.classifier` takes `lambda x, t: nn.log_softmax(model.apply(params, x, t))[jnp.arange(len(y)), y]`. With
+    dropout, training passes `deterministic=False` and `rngs={"dropout": key}`.
+    """
+
+    image_size: int = 64
+    """The sides of the images, which its positions are for."""
+    num_classes: int = 1000
+    """How many classes it tells apart."""
+    model_channels: int = 128
+    """Channels of the first level, over its multiplier."""
+    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
+    """What the channels are multiplied with at each level."""
+    num_res_blocks: int = 2
+    """Residual blocks per level."""
+    attention_resolutions: tuple[int, ...] = (2, 4, 8)
+    """By how much an image is smaller where there is attention: 2 is 32 x 32 of 64 x 64. The middle has it always."""
+    head_dim: int | None = 64
+    """Channels per head of the attention."""
+    num_heads: int | None = None
+    """Heads of the attention, in place of `head_dim`."""
+    dropout: float = 0.0
+    """The share of a block's features that are dropped in training."""
+    scale_shift_norm: bool = True
+    """Whether the embedding scales and shifts what the second normalisation gives, rather than to be added before it."""
+    resblock_updown: bool = True
+    """Whether residual blocks halve images, rather than convolutions."""
+    time_embedding: nn.Module | None = None
+    """Of the time: `layers.Sinusoids`, `layers.Fourier` or `layers.LearnableFourier`; None is `layers.Sinusoids(model_channels)`."""
+    groups: int = 32
+    """Of the normalisation; every number of channels must be a multiple."""
+    dtype: jnp.dtype = jnp.float32
+    """Of the computation; parameters and normalisations are float32."""
+    remat: bool = False
+    """Whether to recompute each block in the backward pass rather than to keep its activations."""
+
+    @nn.compact
+    def __call__(self, x, t, deterministic=True):
+        channels = [int(self.model_channels * multiplier) for multiplier in self.channel_mult]
+        _check(self, x, channels)
+        if set(x.shape[1:-1]) != {self.image_size}:
+            raise ValueError(
+                f"x has {layers.by(x.shape[1:-1])} positions, but this classifier has those of images with sides of {self.image_size}: "
+                "resize them, or make it with another image_size."
+            )
+        residual, attend = _layers(self, _time_embedding(self).copy(name="time")(layers.batch_times(t, x)), None, deterministic)
+        h = _middle(_down(self, x, channels, residual, attend)[-1], True, residual, attend)
+
+        h = nn.silu(layers.GroupNorm(self.groups, name="norm_out")(h))
+        batch, *_, width = h.shape
+        h = h.reshape(batch, -1, width)
+        h = jnp.concatenate([h.mean(1, keepdims=True), h], axis=1)
+        positions = self.param("positions", nn.initializers.normal(width**-0.5), h.shape[1:])
+        h = h + jnp.asarray(positions, h.dtype)[None]
+        qkv = layers.Dense(3 * width, kernel_init=_uniform, dtype=self.dtype, name="pool_qkv")(h)
+        head_dim = self.head_dim or width // (self.num_heads or 1)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, -1, 3, width // head_dim, head_dim), 2, 0)
+        pooled = jax.nn.dot_product_attention(q[:, :1], k, v).reshape(batch, width)
+        return layers.Dense(self.num_classes, kernel_init=_uniform, dtype=self.dtype, name="out")(pooled).astype(x.dtype)

@@ -12,6 +12,7 @@ They check a grid whose values they know: one of `fmjax.times`, or one made outs
 """
 
 from fmjax.sampling.adaptive import AdaptiveSolution, sample_ode_adaptive
+from fmjax.sampling.maps import reverse_map, sample_map, sample_map_renewed
 from fmjax.sampling.multistep import adams_bashforth, deis, dpm_solver_pp, unipc
 from fmjax.sampling.reparametrisation import ddim, edm_heun, log_snr, path_heun
 from fmjax.sampling.scan import reverse, sample_ode, sample_sde
@@ -41,6 +42,7 @@ from fmjax.sampling.stochastic import (
     sde_extension,
     tweedie,
 )
+from fmjax.sampling.variance import clip_data, learned_variance
 
 __all__ = [
     "sample_ode",
@@ -49,6 +51,9 @@ __all__ = [
     "sample_ode_adaptive",
     "AdaptiveSolution",
     "reverse",
+    "sample_map",
+    "sample_map_renewed",
+    "reverse_map",
     "noise",
     "noise_like",
     "euler",
@@ -70,6 +75,8 @@ __all__ = [
     "churn",
     "predictor_corrector",
     "tweedie",
+    "learned_variance",
+    "clip_data",
     "euler_maruyama",
     "stochastic_heun",
     "euler_maruyama_noiseless",

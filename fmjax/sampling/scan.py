@@ -30,7 +30,7 @@ from fmjax.sampling.checks import (
 from fmjax.sampling.steps import DiffusionStep, Multistep, PathStep, euler_maruyama, heun
 
 
-def _follow(advance, state, x_0, times, last, save, save_every) -> tuple[chex.ArrayDevice, Any]:
+def follow(advance, state, x_0, times, last, save, save_every) -> tuple[chex.ArrayDevice, Any]:
     """Scans advance(index, state, x, t, dt) over the grid, in float32 or wider; a last step that is another follows the scan."""
     x_0 = checks.batch("x_0", x_0)
     dtype = jnp.promote_types(x_0.dtype, jnp.float32)
@@ -124,7 +124,7 @@ def sample_ode(
         return None, step(field, x, t, dt)
 
     end = last and (lambda index, x, t, dt: last(field, x, t, dt))
-    return _follow(advance, _initial(step), x_0, times, end, save, save_every)
+    return follow(advance, _initial(step), x_0, times, end, save, save_every)
 
 
 def sample_sde(
@@ -187,7 +187,7 @@ def follow_sde(drift, sigma, key, x_0, times, step, last, save, save_every) -> t
         return None, step(drift, sigma, key_step, x, t, dt)
 
     end = last and (lambda index, x, t, dt: last(drift, sigma, fold_in(key, index), x, t, dt))
-    return _follow(advance, _initial(step), x_0, times, end, save, save_every)
+    return follow(advance, _initial(step), x_0, times, end, save, save_every)
 
 
 def _initial(step):

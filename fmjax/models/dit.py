@@ -231,7 +231,8 @@ class DiT(nn.Module):
         h = Patches(self.patch_size, self.hidden_size, self.bottleneck, self.dtype, name="patches")(inputs)
         h = h + layers.grid_positions(*grid, self.hidden_size).astype(self.dtype)
 
-        c = layers.embed_times(self, layers.TimeEmbedding(self.hidden_size, self.time_embedding, dtype=self.dtype), t, end, x)
+        make = functools.partial(layers.TimeEmbedding, self.hidden_size, dtype=self.dtype)
+        c = layers.embed_times(self, make, self.time_embedding, t, end, x)
         if given.vector is not None:
             vector = given.vector.astype(self.dtype)
             c = c + vector

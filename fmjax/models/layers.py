@@ -162,12 +162,13 @@ def both_times(network, t, end, x) -> list[chex.ArrayDevice]:
     return [t]
 
 
-def embed_times(network, embedding, t, end, x) -> chex.ArrayDevice:
+def embed_times(network, make, frequencies, t, end, x) -> chex.ArrayDevice:
     """The embedding of a network's time, and of how far away its end is where it has one, which at first adds nothing.
 
     Args:
       network: has a field `end_time`, whether there is one.
-      embedding: a `TimeEmbedding` without a name.
+      make: makes a `TimeEmbedding`, of all but the frequencies and the name.
+      frequencies: of the time, a module.
       t: times, () or (B,).
       end: of the interval, likewise, or None.
       x: states, (B, ...).
@@ -177,11 +178,12 @@ def embed_times(network, embedding, t, end, x) -> chex.ArrayDevice:
       ValueError: if there is an end and the network has none.
     """
     t, *interval = both_times(network, t, end, x)
-    e = embedding.copy(name="time")(t)
+    e = make(frequency_embedding=frequencies, name="time")(t)
     if not interval:
         return e
-    frequencies = embedding.frequency_embedding.copy(name=None)
-    return e + embedding.copy(frequency_embedding=frequencies, last_init=nn.initializers.zeros_init(), name="interval")(*interval)
+    # Frequencies of its own: as they are given they are the time's, under the network's name for them.
+    own = make(frequency_embedding=frequencies.clone(name=None), last_init=nn.initializers.zeros_init(), name="interval")
+    return e + own(*interval)
 
 
 class LogVariance(nn.Module):

@@ -1,5 +1,6 @@
 """A multilayer perceptron for points."""
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -85,9 +86,8 @@ class MLP(nn.Module):
         if self.time_embedding is None:
             e = jnp.stack(times, axis=-1)
         else:
-            e = layers.embed_times(
-                self, layers.TimeEmbedding(self.hidden_size, self.time_embedding, nn.initializers.lecun_normal()), t, end, x
-            )
+            make = functools.partial(layers.TimeEmbedding, self.hidden_size, kernel_init=nn.initializers.lecun_normal())
+            e = layers.embed_times(self, make, self.time_embedding, t, end, x)
         h = jnp.concatenate([e, h], axis=-1)
         if given.vector is not None:
             h, e = (jnp.concatenate([part, given.vector], axis=-1) for part in (h, e))

@@ -169,9 +169,12 @@ def _middle(h, attention, residual, attend):
     return residual(attend(h, "middle_attention") if attention else h, "middle_1", width)
 
 
+def _frequencies(network):
+    return layers.Sinusoids(network.model_channels) if network.time_embedding is None else network.time_embedding
+
+
 def _time_embedding(network):
-    frequencies = layers.Sinusoids(network.model_channels) if network.time_embedding is None else network.time_embedding
-    return layers.TimeEmbedding(4 * network.model_channels, frequencies, _uniform, network.dtype)
+    return functools.partial(layers.TimeEmbedding, 4 * network.model_channels, kernel_init=_uniform, dtype=network.dtype)
 
 
 def _check(network, x, channels, middle_attention=True, per_channel_norm=False):
@@ -270,7 +273,7 @@ class UNet(nn.Module):
                 "The condition gives tokens, but attention_resolutions is (), and tokens are seen where there is attention: give the "
                 "resolutions that have it."
             )
-        e = layers.embed_times(self, _time_embedding(self), t, end, x)
+        e = layers.embed_times(self, _time_embedding(self), _frequencies(self), t, end, x)
         if given.vector is not None:
             e = e + given.vector.astype(self.dtype)
 
@@ -356,7 +359,8 @@ class Classifier(nn.Module):
                 f"x has {layers.by(x.shape[1:-1])} positions, but this classifier has those of images with sides of {self.image_size}: "
                 "resize them, or make it with another image_size."
             )
-        residual, attend = _layers(self, _time_embedding(self).copy(name="time")(layers.batch_times(t, x)), None, deterministic)
+        e = _time_embedding(self)(frequency_embedding=_frequencies(self), name="time")(layers.batch_times(t, x))
+        residual, attend = _layers(self, e, None, deterministic)
         h = _middle(_down(self, x, channels, residual, attend)[-1], True, residual, attend)
 
         h = nn.silu(layers.GroupNorm(self.groups, name="norm_out")(h))

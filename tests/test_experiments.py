@@ -521,13 +521,15 @@ def test_predictions_side_by_side(tmp_path, monkeypatch):
 def test_the_table_of_sf2m_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     for name, value in {"POINTS": 200, "BATCH": 32, "BATCHES": 3, "STEPS": 4}.items():
         monkeypatch.setattr(sf2m_table, name, value)
-    config = sf2m_table.Config(tmp_path / "run", tasks=("n_to_moons",), seeds=2, epochs=2)
+    config = sf2m_table.Config(tmp_path / "run", tasks=("n_to_moons",), seeds=2, epochs=60)
     sf2m_table.main(config)
     kept = json.loads((tmp_path / "run" / "done.json").read_text())
     assert set(kept) == {f"n_to_moons, {name}" for name in ("data", "OT-CFM", "SF2M-Exact", "I-CFM", "FM")}
     assert all(len(kept[name]["W2"]) == 2 for name in kept if name != "n_to_moons, data")
-    # Transport is straighter from the start: less energy than chance pairs.
-    assert np.mean(kept["n_to_moons, OT-CFM"]["NPE"]) < np.mean(kept["n_to_moons, I-CFM"]["NPE"])
+    # Of even moons two sets differ by their noise alone.
+    assert np.mean(kept["n_to_moons, data"]["data to data"]) < 0.15
+    # Straighter ways are learnt sooner than those of chance pairs.
+    assert np.mean(kept["n_to_moons, OT-CFM"]["W2"]) < np.mean(kept["n_to_moons, I-CFM"]["W2"])
     train = sf2m_table.train
     monkeypatch.setattr(sf2m_table, "train", lambda task, *rest: pytest.fail("again") if task == "n_to_moons" else train(task, *rest))
     report = tmp_path / "report.json"

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import few_steps
 from fmjax import checkpoints, flow_maps, marginals, paths, training
+from fmjax.data import latents
 from fmjax.models import dit
 
 TINY = {"patch_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 1, "batch": 4, "warm_up": 1, "log_every": 2, "save_every": 2}
@@ -86,6 +87,16 @@ def test_a_trained_field_is_where_maps_begin(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), trained, jax.device_get(params))
     with pytest.raises(SystemExit, match="--init is"):
         few_steps.main(dataclasses.replace(config, init=tmp_path / "none"))
+
+
+def test_latents_are_drawn_as_they_are(tmp_path):
+    latents.write(tmp_path / "0.array_record", np.zeros((6, 8, 8, 4), np.float16), [0, 1] * 3)
+    preset = few_steps.PRESETS["latents"][1]
+    small = TINY | {"depth": 2, "steps": 2, "data": str(tmp_path), "classes": 2, "evaluations": (1,)}
+    few_steps.main(dataclasses.replace(preset, folder=tmp_path / "run", **small))
+    with np.load(tmp_path / "run" / "samples.npz") as drawn:
+        assert drawn["mean flow, 1"].shape == (8, 8, 8, 4)
+        assert np.isfinite(drawn["mean flow, 1"]).all()
 
 
 @pytest.mark.parametrize(("make", "rate"), [(points, 1e9), (images, 1e3)])

@@ -24,10 +24,13 @@ import tyro
 from jax.tree_util import Partial
 
 from experiments import run_folder
-from fmjax import metrics, parallel, pretrained
+from fmjax import files, metrics, parallel, pretrained
 from fmjax.data import images, resize
 from fmjax.models import dinov2, inception
 from fmjax.training.progress import bar
+
+NEAREST = 3
+"""Which neighbour precision and recall reach."""
 
 
 class Network(NamedTuple):
@@ -137,19 +140,24 @@ class Images:
         self.path, self.config, self.array, self.files = path, config, None, []
         if path.is_dir():
             self.files = images.files(path)
-        elif has(path, "arr_0"):
-            with np.load(path, allow_pickle=False) as arrays:
-                self.array = arrays["arr_0"]
-            if self.array.ndim != 4 or self.array.dtype != np.uint8:
-                raise ValueError(f"arr_0 of {path} is {self.array.shape} of {self.array.dtype}, but images are (N, H, W, C) of uint8.")
+        elif "arr_0" in (held := stored(path)):
+            if len(held["arr_0"].shape) != 4 or held["arr_0"].dtype != np.uint8:
+                raise ValueError(
+                    f"arr_0 of {path} is {held['arr_0'].shape} of {held['arr_0'].dtype}, but images are (N, H, W, C) of uint8."
+                )
+            self.array = held["arr_0"].read()
         else:
             raise ValueError(f"{path} is neither a folder of images nor an .npz with them in arr_0.")
         self.count = min(len(self.files if self.array is None else self.array), count or sys.maxsize)
+        if not self.count:
+            raise ValueError(f"{path} has no images.")
 
     def batches(self):
         for start in range(0, self.count, self.config.batch):
-            stop = min(start + self.config.batch, self.count)
-            yield self.array[start:stop] if self.array is not None else self.read(self.files[start:stop])
+            yield self.some(start, min(start + self.config.batch, self.count))
+
+    def some(self, start, stop):
+        return self.array[start:stop] if self.array is not None else self.read(self.files[start:stop])
 
     def read(self, files):
         found = [images.read(file, self.config.channels) for file in files]
@@ -166,6 +174,8 @@ def main(config: Config):
     for name in ("batch", "count", "size"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise SystemExit(f"--{name} is {getattr(config, name)}: give at least 1.")
+    if config.save is not None and (config.save.suffix != ".npz" or config.save.is_dir()):
+        raise SystemExit(f"--save is {config.save}: give the name of an .npz file, which --reference reads.")
     if config.reference is None and config.save is None and not isinstance(config.features, Inception):
         raise SystemExit("Without --reference there is only the Inception score: give --reference, --save or features:inception.")
     with run_folder.claim(config, trains=False):
@@ -183,11 +193,24 @@ def compare(config, network):
     # What is wrong with the reference is said before hours of features.
     with run_folder.explained("--reference"):
         references = {} if reference is None else statistics(reference)
-        images_too = reference is not None and (not references or (config.neighbours and has(reference, "arr_0")))
+        images_too = reference is not None and (not references or (config.neighbours and "arr_0" in stored(reference)))
         others = Images(reference, config) if images_too else None
+        sizes = dimensions(network, given.some(0, 1))
+        require_alike(reference, references, sizes)
+        if others is not None and dimensions(network, others.some(0, 1)) != sizes:
+            raise ValueError(f"{reference} has images of another size than {config.images}: give --size.")
     if config.save is not None:
-        config.save.parent.mkdir(parents=True, exist_ok=True)
+        with run_folder.explained("--save"):
+            config.save.parent.mkdir(parents=True, exist_ok=True)
     near = ["features"] if config.neighbours and others is not None else []
+    fewest = min(given.count, given.count if others is None else others.count)
+    if near and fewest <= NEAREST:
+        raise SystemExit(
+            f"There are {fewest} images on one side, but precision and recall compare each with its {NEAREST} nearest others: give more, "
+            "or --no-neighbours."
+        )
+    if reference is not None and fewest < sizes["features"]:
+        print(f"{fewest} images are fewer than their {sizes['features']} features: compare {network.distance} only with that of as many.")
     with run_folder.explained("The images"):
         logits = ["logits"] if isinstance(config.features, Inception) else []
         means, kept = collect(given, network, [*near, *logits])
@@ -205,10 +228,12 @@ def compare(config, network):
         report |= distances(network, means, references)
     if near:
         real, fake = real["features"], kept["features"]
-        size = min(1000, len(real), len(fake))
+        fewest = min(len(real), len(fake))
+        # Half of few, so that subsets differ.
+        size = 1000 if fewest > 1000 else fewest // 2
         with run_folder.explained("--neighbours"):
             report["KID"], report["KID, standard deviation"] = metrics.kernel_distance(jax.random.key(0), real, fake, subset_size=size)
-            report["precision"], report["recall"] = metrics.precision_recall(real, fake)
+            report["precision"], report["recall"] = metrics.precision_recall(real, fake, NEAREST)
     return report
 
 
@@ -222,7 +247,25 @@ def collect(source, network, keep):
 def statistics(path):
     """The moments in an .npz by the names of the features; none where it has none."""
     names = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-    return {name: metrics.load_moments(path, *pair) for name, pair in names.items() if has(path, pair[0])}
+    return {name: metrics.load_moments(path, *pair) for name, pair in names.items() if pair[0] in stored(path)}
+
+
+def dimensions(network, images):
+    """How long the features of images are, by name; no network is computed."""
+    found = jax.eval_shape(network.extract, network.prepare(images))
+    return {name: int(np.prod(found[name].shape[1:])) for name in network.moments}
+
+
+def require_alike(path, references, sizes):
+    """Raises unless statistics are of features like these."""
+    if references and not set(references) & set(sizes):
+        raise ValueError(f"{path} has statistics of {' and '.join(references)} alone, but those of {' and '.join(sizes)} are compared.")
+    for name in set(references) & set(sizes):
+        if references[name].mean.size != sizes[name]:
+            raise ValueError(
+                f"{path} has statistics of {references[name].mean.size} {name}, but the images have {sizes[name]}: another network or size "
+                "made them."
+            )
 
 
 def distances(network, means, references):
@@ -239,12 +282,9 @@ def inception_score(logits, *, shuffled=False):
     return dict(zip(("Inception score", "Inception score, standard deviation"), score, strict=True))
 
 
-def has(path, name):
-    """Whether a file is an .npz with an array of that name."""
-    if path.suffix != ".npz":
-        return False
-    with np.load(path, allow_pickle=False) as arrays:
-        return name in arrays.files
+def stored(path):
+    """The arrays of an .npz by name; none of what is another file or a folder."""
+    return files.arrays(path) if path.suffix == ".npz" and not path.is_dir() else {}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ docs/published.md.
 import contextlib
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -402,7 +403,12 @@ def make_measure(config):
         raise SystemExit(f"--reference is {config.reference}, which has no mu and sigma.")
 
     def measure(batches):
-        mesh = parallel.mesh(devices=jax.local_devices())
+        batches, mesh = iter(batches), parallel.mesh(devices=jax.local_devices())
+        first = list(itertools.islice(batches, 1))
+        with run_folder.explained("--reference"):
+            for found in first:
+                evaluate.require_alike(config.reference, references, evaluate.dimensions(network, found[:1]))
+        batches = itertools.chain(first, batches)
         means, kept = metrics.collect(network.extract, batches, moments=network.moments, keep=("logits",), mesh=mesh)
         return evaluate.distances(network, means, references) | evaluate.inception_score(kept["logits"])
 

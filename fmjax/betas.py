@@ -17,6 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fmjax import checks
 
@@ -156,19 +157,29 @@ def step_index(path, t) -> chex.ArrayDevice:
 
     k - 1 = N (1 - t) - 1
 
-    To 1 / 4096, finer than float32 has it near t = 1, so that the times of `grid` give whole numbers, as the network saw in training.
+    Times that float32 cannot tell from a whole step are that step, so that those of `grid` give whole numbers, as the network saw in
+    training.
 
     Args:
       path: a `Betas`.
-      t: times, any shape.
+      t: times, any shape, of 32 bits at least: those of fewer cannot tell a thousand steps apart.
     Returns:
       Like t, float32, between 0 and N - 1: nearer to data than its first step the network knows no other.
     Raises:
-      TypeError: if the path is not a `Betas`, or the times are not floats.
+      TypeError: if the path is not a `Betas`, or the times are not floats of 32 bits at least.
       ValueError: if a known time is not in [0, 1].
     """
     _require_table(path, "only the steps of a betas.Betas have numbers")
     checks.on_path(t)
+    dtype = jnp.result_type(float, t)
+    if hasattr(t, "dtype") and jnp.dtype(t.dtype).itemsize < 4:
+        raise TypeError(
+            f"t has dtype {t.dtype}, whose numbers are up to {jnp.finfo(t.dtype).epsneg:.1g} apart, but steps {1 / len(path.betas):g}: "
+            "give times as float32, as samplers do."
+        )
     count = len(path.betas)
-    index = jnp.round((count * (1 - jnp.asarray(t, jnp.float32)) - 1) * 4096) / 4096
-    return jnp.clip(index, 0, count - 1)
+    index = count * (1 - jnp.asarray(t, dtype)) - 1
+    # The time, its difference from 1 and the product are each rounded.
+    whole = jnp.round(index)
+    index = index + lax.stop_gradient(jnp.where(jnp.abs(index - whole) <= count * 2.0**-23, whole - index, 0))
+    return jnp.clip(index, 0, count - 1).astype(jnp.float32)

@@ -83,7 +83,7 @@ class Brownian:
     """alpha_t and beta_t, a path."""
 
     def __post_init__(self):
-        checks.setting("sigma", self.sigma, "the noise of a unit of time", above=True)
+        checks.setting(self, "sigma", "the noise of a unit of time", above=True)
 
     def gamma(self, t) -> chex.ArrayDevice:
         """gamma_t, like t."""
@@ -107,7 +107,7 @@ class Constant:
     """alpha_t and beta_t, a path."""
 
     def __post_init__(self):
-        checks.setting("sigma", self.sigma, "the noise at all times", above=True)
+        checks.setting(self, "sigma", "the noise at all times", above=True)
 
     def gamma(self, t) -> chex.ArrayDevice:
         """gamma_t, like t."""

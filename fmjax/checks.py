@@ -86,10 +86,16 @@ def number(name, value, meaning, *, least=-np.inf, most=np.inf, above=False) -> 
         raise ValueError(f"{name} is {value}, but it is {meaning}: one finite number{low}{high}.")
 
 
-def setting(name, value, meaning, *, above=False) -> None:
-    """The same for a field of a pytree, at least 0 or above it, where it is a number: JAX rebuilds pytrees from other objects too."""
+def setting(owner, name, meaning, *, above=False) -> None:
+    """The same for a field of a pytree, at least 0 or above it, where it is a number: JAX rebuilds pytrees from other objects too.
+
+    A number of NumPy becomes one of Python, beside which times keep their dtype.
+    """
+    value = getattr(owner, name)
     if isinstance(value, int | float | complex | np.number | str):
         number(name, value, meaning, least=0, above=above)
+    if isinstance(value, np.number):
+        object.__setattr__(owner, name, value.item())
 
 
 def function(name, value, wanted) -> None:
@@ -157,8 +163,7 @@ def _of_floats(t):
 def times(t, x) -> chex.ArrayDevice:
     """t as floats of at least 32 bits, () or (B,)."""
     _of_floats(t)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    t = jnp.asarray(t, dtype)
+    t = jnp.asarray(t, jnp.result_type(x.dtype, jnp.float32))
     if t.ndim and t.shape != x.shape[:1]:
         raise ValueError(f"t has shape {t.shape}, but it must be () or one time per example, {x.shape[:1]}, for x of shape {x.shape}.")
     return t

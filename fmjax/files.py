@@ -8,6 +8,7 @@ with files.Lock("runs/latents"):                 # another process that wants it
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -19,10 +20,12 @@ import sys
 import threading
 import time
 import weakref
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 BLOCK = 2**26
 """Bytes that are hashed at once; the blocks of a large file are hashed in parallel."""
@@ -64,6 +67,62 @@ def _sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """An array in an .npz file, whose numbers are not read yet."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        """The array.
+
+        Returns:
+          Its numbers.
+        Raises:
+          ValueError: if they cannot be read, as where the file is damaged or the array was pickled.
+        """
+        with open(self.path, "rb") as file, _readable(self.path), zipfile.ZipFile(file).open(f"{self.name}.npy") as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def arrays(path) -> dict[str, _Stored]:
+    """The arrays of an .npz file, whose shapes are known before their numbers are read; nothing in it is run.
+
+    Args:
+      path: of the file.
+    Returns:
+      Arrays by name, with `shape`, `dtype` and `read()`.
+    Raises:
+      FileNotFoundError: if there is no file.
+      ValueError: if it is no .npz file, or is damaged.
+    """
+    found = {}
+    with open(path, "rb") as file, _readable(path), zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if not info.filename.endswith(".npy"):
+                continue
+            with archive.open(info) as member:
+                major = np.lib.format.read_magic(member)[0]
+                header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+                shape, _, dtype = header(member)
+            name = info.filename.removesuffix(".npy")
+            found[name] = _Stored(Path(path), name, shape, dtype)
+    return found
+
+
+@contextlib.contextmanager
+def _readable(path):
+    try:
+        yield
+    # Damaged bytes fail anywhere in zipfile, zlib and NumPy.
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no .npz file, or a damaged one ({said[:200]}): write it by numpy.savez, or fetch it again.") from error
 
 
 def checksums(folder, names) -> dict[str, list | None]:

@@ -29,10 +29,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fmjax import checks, losses, paths, sampling, targets, times
+from fmjax import checks, losses, paths, sampling, states, targets, times
 
 __all__ = [
     "flow_map",
@@ -56,9 +57,35 @@ NETWORK = "lambda x, s, t: model.apply(params, x, s, end=t)"
 """What a mean velocity may be."""
 
 
+def _checked(name, function, example=NETWORK) -> Callable:
+    """A function of a state, and then of times, whose output is like the state."""
+    checks.function(name, function, example)
+
+    def like_x(x, *times):
+        value, said, layout = function(x, *times), f"The output of {name}", states.layout(x)
+        if layout is None:
+            checks.like(said, value, x)
+        else:
+            checks.like(said, layout.flatten(said, value), layout.flatten("x", x))
+        return value
+
+    return like_x
+
+
+def _wide(time) -> chex.ArrayDevice:
+    """A time as a float of 32 bits at least; what is known stays so inside `jax.jit`, for the checks of fields where paths end."""
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(time, jnp.promote_types(jnp.result_type(float, time), jnp.float32))
+
+
 def _move(x, dt, velocity) -> Any:
     """x + dt velocity, of one array or a pytree, with a dt for all or one per example."""
-    return jax.tree.map(lambda a, u: (a + paths.lift(dt, a) * u).astype(a.dtype), x, velocity)
+
+    def moved(a, u):
+        a = jnp.asarray(a)
+        return (a + paths.lift(dt, a) * u).astype(a.dtype)
+
+    return jax.tree.map(moved, x, velocity)
 
 
 def flow_map(mean_velocity) -> FlowMap:
@@ -73,7 +100,7 @@ def flow_map(mean_velocity) -> FlowMap:
     Raises:
       TypeError: if it is no function.
     """
-    checks.function("mean_velocity", mean_velocity, NETWORK)
+    mean_velocity = _checked("mean_velocity", mean_velocity)
     return lambda x, s, t: _move(x, jnp.asarray(t) - jnp.asarray(s), mean_velocity(x, s, t))
 
 
@@ -89,10 +116,10 @@ def mean_velocity(flow_map) -> FlowMap:
     Raises:
       TypeError: if it is no function.
     """
-    checks.function("flow_map", flow_map, "flow_maps.flow_map(mean_velocity)")
+    flow_map = _checked("flow_map", flow_map, "flow_maps.flow_map(mean_velocity)")
 
     def mean(x, s, t):
-        s, t = (jnp.asarray(time, jnp.promote_types(jnp.result_type(float, time), jnp.float32)) for time in (s, t))
+        s, t = _wide(s), _wide(t)
         end, slope = jax.jvp(lambda t: flow_map(x, s, t), (t,), (jnp.ones_like(t),))
         apart = t != s
 
@@ -117,7 +144,7 @@ def velocity(mean_velocity) -> paths.Field:
     Raises:
       TypeError: if it is no function.
     """
-    checks.function("mean_velocity", mean_velocity, NETWORK)
+    mean_velocity = _checked("mean_velocity", mean_velocity)
     return lambda x, t: mean_velocity(x, t, t)
 
 
@@ -140,10 +167,12 @@ def from_velocity(field, steps=1, *, step=sampling.heun) -> FlowMap:
     checks.whole("steps", steps, "how many steps there are")
 
     def mapped(x, s, t):
-        s, t = (jnp.asarray(time, jnp.promote_types(jnp.result_type(float, time), jnp.float32)) for time in (s, t))
+        s, t = _wide(s), _wide(t)
 
         def scaled(x, a):
-            return jax.tree.map(lambda u: (paths.lift(t - s, u) * u).astype(u.dtype), field(x, s + a * (t - s)))
+            with jax.ensure_compile_time_eval():
+                dt, r = t - s, s + a * (t - s)
+            return jax.tree.map(lambda u: (paths.lift(dt, u) * u).astype(u.dtype), field(x, r))
 
         return sampling.sample_ode(scaled, x, times.uniform_grid(steps), step=step)[0]
 
@@ -174,11 +203,13 @@ def convert(path, network, *, source) -> FlowMap:
 def _interval(s, t, x) -> tuple[Any, Any]:
     """Both times as one per example; raises where a known interval is backwards."""
     leaf = jnp.asarray(jax.tree.leaves(x)[0])
-    s, t = (jnp.broadcast_to(checks.times(checks.on_path(time), leaf), leaf.shape[:1]) for time in (s, t))
-    if not isinstance(s, Tracer) and not isinstance(t, Tracer) and (s > t).any():
-        i = int(jnp.argmax(s > t))
+    with jax.ensure_compile_time_eval():
+        s, t = (jnp.broadcast_to(checks.times(checks.on_path(time), leaf), leaf.shape[:1]) for time in (s, t))
+    if not isinstance(s, Tracer) and not isinstance(t, Tracer) and (np.asarray(s) > np.asarray(t)).any():
+        begins, ends = np.asarray(s), np.asarray(t)
+        i = int(np.argmax(begins > ends))
         raise ValueError(
-            f"s is {float(s[i]):g} and t {float(t[i]):g} in example {i}, but intervals go forward, s <= t, from noise to data: exchange "
+            f"s is {begins[i]:g} and t {ends[i]:g} in example {i}, but intervals go forward, s <= t, from noise to data: exchange "
             "them, or draw them by flow_maps.draw_interval."
         )
     return s, t
@@ -191,6 +222,7 @@ def _along(mean_velocity, x, s, t, tangent) -> tuple[Any, Any]:
 
 def _eulerian(mean_velocity, x, s, t, u, tangent, weight, mask):
     """The error of (5)."""
+    x = jax.tree.map(jnp.asarray, x)
     like_x = lambda value: jax.tree.map(lambda u, a: jnp.asarray(u, a.dtype), value, x)  # noqa: E731
     value, slope = _along(mean_velocity, x, s, t, lax.stop_gradient(like_x(tangent)))
     wanted = lax.stop_gradient(_move(like_x(u), t - s, slope))
@@ -210,7 +242,7 @@ def mean_flow(mean_velocity, path, x_0, x_1, s, t, *, tangent=None, target=None,
       path: anything with `alpha(t)` and `beta(t)`.
       x_0: noise, (B, ...), any float dtype, or a pytree of them.
       x_1: data, like x_0.
-      s: where intervals begin, in [0, 1], () or (B,).
+      s: where intervals begin, in [0, 1], () or (B,), before the end of a path whose velocity is infinite there.
       t: where they end, at least s; at s = t it is flow matching.
       tangent: (x, s) -> like x, the velocity along which m is differentiated: `flow_maps.velocity(m)` is the improved form, whose
         variance is less; None is u.
@@ -223,11 +255,12 @@ def mean_flow(mean_velocity, path, x_0, x_1, s, t, *, tangent=None, target=None,
       TypeError: if an array is not of floats, or the network is no function.
       ValueError: if shapes differ, or a known s is after t.
     """
-    checks.function("mean_velocity", mean_velocity, NETWORK)
+    mean_velocity = _checked("mean_velocity", mean_velocity)
     s, t = _interval(s, t, x_1)
     x, u = paths.flow(path, x_0, x_1, s)
-    u = u if target is None else target(x, s, u)
-    return _eulerian(mean_velocity, x, s, t, u, u if tangent is None else tangent(x, s), weight, mask)
+    u = u if target is None else _checked("target", lambda x, s: target(x, s, u))(x, s)
+    along = u if tangent is None else _checked("tangent", tangent, "flow_maps.velocity(mean_velocity)")(x, s)
+    return _eulerian(mean_velocity, x, s, t, u, along, weight, mask)
 
 
 def eulerian(mean_velocity, field, x, s, t, *, weight=None, mask=None) -> chex.ArrayDevice:
@@ -251,8 +284,8 @@ def eulerian(mean_velocity, field, x, s, t, *, weight=None, mask=None) -> chex.A
       TypeError: if an array is not of floats, or the network or the field is no function.
       ValueError: if shapes differ, or a known s is after t.
     """
-    checks.function("mean_velocity", mean_velocity, NETWORK)
-    checks.function("field", field, checks.FIELD)
+    mean_velocity = _checked("mean_velocity", mean_velocity)
+    field = _checked("field", field, checks.FIELD)
     s, t = _interval(s, t, x)
     u = field(x, s)
     return _eulerian(mean_velocity, x, s, t, u, u, weight, mask)
@@ -279,8 +312,8 @@ def lagrangian(mean_velocity, field, x, s, t, *, weight=None, mask=None) -> chex
       TypeError: if an array is not of floats, or the network or the field is no function.
       ValueError: if shapes differ, or a known s is after t.
     """
-    checks.function("mean_velocity", mean_velocity, NETWORK)
-    checks.function("field", field, checks.FIELD)
+    mean_velocity = _checked("mean_velocity", mean_velocity)
+    field = _checked("field", field, checks.FIELD)
     s, t = _interval(s, t, x)
     end, slope = jax.jvp(lambda t: _move(x, t - s, mean_velocity(x, s, t)), (t,), (jnp.ones_like(t),))
     wanted = lax.stop_gradient(field(end, t))
@@ -310,9 +343,8 @@ def self_consistency(mean_velocity, x, s, r, t, *, teacher=None, weight=None, ma
       TypeError: if an array is not of floats, or the network or the teacher is no function.
       ValueError: if shapes differ, or known times do not increase.
     """
-    checks.function("mean_velocity", mean_velocity, NETWORK)
-    teacher = mean_velocity if teacher is None else teacher
-    checks.function("teacher", teacher, NETWORK)
+    mean_velocity = _checked("mean_velocity", mean_velocity)
+    teacher = mean_velocity if teacher is None else _checked("teacher", teacher)
     s, r = _interval(s, r, x)
     r, t = _interval(r, t, x)
     first = teacher(x, s, r)
@@ -348,9 +380,8 @@ def consistency(mean_velocity, x, s, y, r, t, *, teacher=None, weight=None, mask
       TypeError: if an array is not of floats, or the network or the teacher is no function.
       ValueError: if shapes differ, or known times do not increase.
     """
-    checks.function("mean_velocity", mean_velocity, NETWORK)
-    teacher = mean_velocity if teacher is None else teacher
-    checks.function("teacher", teacher, NETWORK)
+    mean_velocity = _checked("mean_velocity", mean_velocity)
+    teacher = mean_velocity if teacher is None else _checked("teacher", teacher)
     s, r = _interval(s, r, x)
     r, t = _interval(r, t, x)
     wanted = lax.stop_gradient(flow_map(teacher)(y, r, t))

@@ -10,6 +10,7 @@ two values of (1) are put together is a function `(guided, unguided, scale) -> v
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import chex
 import jax
@@ -185,6 +186,7 @@ def channels(count, combine=extrapolate) -> Callable:
     def first(guided, unguided, scale):
         if guided.shape[-1] < count:
             raise ValueError(f"count is {count}, but the value has shape {guided.shape}: it has {guided.shape[-1]} channels.")
+        scale = cast("Any", checks.multiplier("scale", scale, guided))
         scale = scale[..., :count] if jnp.ndim(scale) == guided.ndim and scale.shape[-1] > 1 else scale
         value = combine(guided[..., :count], unguided[..., :count], scale)
         return jnp.concatenate([value, guided[..., count:]], axis=-1)

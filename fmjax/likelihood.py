@@ -215,6 +215,8 @@ def normal(x) -> chex.ArrayDevice:
 
     log p(x) = -|x|^2 / 2 - d / 2 log(2 pi)
 
+    Noise c times as large, as of `paths.ScaledNoise`, has the log density normal(x / c) - d log(c).
+
     Args:
       x: (B, ...), any float dtype, or a pytree of such arrays.
     Returns:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.scipy.special import log_ndtr, logsumexp
+from jax.scipy.special import log_ndtr, logsumexp, ndtr, ndtri
 
 from fmjax import checks, paths, states, targets
 from fmjax.paths import Field
@@ -358,16 +358,31 @@ def _excess(y, x, log_weights, centers, widths, new_centers, new_widths):
       log_weights: log w_k, (K,).
       centers, widths, new_centers, new_widths: alpha m_k and sqrt(v_k) at s and at t, (B, D, K).
     Returns:
-      (B, D); of one component, by how many of its standard deviations y is too large.
+      (B, D).
     """
-    z, new_z = (x[..., None] - centers) / widths, (y[..., None] - new_centers) / new_widths
-    if len(log_weights) == 1:
-        return (new_z - z)[..., 0]
+    # The square of a standard score is finite below it.
+    most = jnp.asarray(jnp.finfo(x.dtype).max ** 0.5 / 8, x.dtype)
+    z, new_z = _scores(x, centers, widths, most), _scores(y, new_centers, new_widths, most)
     below = z < 0
     side = jnp.where(below, 1, -1)
     # Enough terms of the series of a far tail for float64.
-    tail, new_tail = (log_weights[None, None] + log_ndtr(side * each, series_order=8) for each in (z, new_z))
-    return logsumexp(jnp.where(below, new_tail, tail), axis=-1) - logsumexp(jnp.where(below, tail, new_tail), axis=-1)
+    tail, new_tail = (log_weights[None, None] + log_ndtr(side * jnp.clip(each, -most, most), series_order=8) for each in (z, new_z))
+    excess = logsumexp(jnp.where(below, new_tail, tail), axis=-1) - logsumexp(jnp.where(below, tail, new_tail), axis=-1)
+    # Farther out the component with most of the mass is all of it.
+    nearest, new_nearest = (jnp.max(side * each, axis=-1) for each in (z, new_z))
+    return jnp.where((jnp.abs(z) < most).any(-1), excess, jnp.where(below.all(-1), new_nearest - nearest, nearest - new_nearest))
+
+
+def _scores(x, centers, widths, most):
+    """Standard scores (B, D, K), about points without a width on the one side or the other."""
+    points = widths == 0
+    apart = x[..., None] - centers
+    return jnp.where(points, jnp.where(apart < 0, -most, most), apart / jnp.where(points, 1, widths))
+
+
+def _alone(x, centers, widths, new_centers, new_widths):
+    """Where each component alone would carry x, (B, D, K)."""
+    return new_centers + new_widths * ((x[..., None] - centers) / widths)
 
 
 # Compiled for those who call a map outside `jit`.
@@ -375,10 +390,8 @@ def _excess(y, x, log_weights, centers, widths, new_centers, new_widths):
 @jax.jit
 def _transport(x, same, log_weights, centers, widths, new_centers, new_widths):
     """(8), by bisection: `same`, (B, D), says where the two times are one; the others are those of `_excess`."""
-    # Each component alone would carry x to one of these, and all of them together to a point in between.
-    alone = new_centers + new_widths * ((x[..., None] - centers) / widths)
-    if len(log_weights) == 1:
-        return jnp.where(same, x, alone[..., 0])
+    # All components together carry x to a point between those of each.
+    alone = _alone(x, centers, widths, new_centers, new_widths)
 
     def halve(_, ends):
         low, high = ends
@@ -398,7 +411,19 @@ def _transport_jvp(primals, tangents):
     y = _transport(x, same, *laws)
     moved = jax.jvp(lambda x, *laws: _excess(y, x, *laws), (x, *laws), (tangents[0], *tangents[2:]))[1]
     slope = jax.jvp(lambda y: _excess(y, x, *laws), (y,), (jnp.ones_like(y),))[1]
-    return y, -moved / slope
+    # Where y is a point of data, all of x nearby is carried to it.
+    log_weights, centers, widths, new_centers, new_widths = laws
+    log_weights, centers, widths, new_centers, new_widths = laws
+    eps, points, apart = jnp.finfo(y.dtype).eps, new_widths == 0, y[..., None] - new_centers
+    at = points & (jnp.abs(apart) <= 8 * eps * jnp.abs(new_centers).max(-1, keepdims=True))
+    found, weights = at.any(-1), jnp.exp(log_weights)[None, None]
+    # In time it moves with its component, and with that share of its noise which lies below x.
+    below = jnp.where(points, apart > 0, ndtr(apart / jnp.where(points, 1, new_widths)))
+    own = (weights * (ndtr((x[..., None] - centers) / widths) - jnp.where(at, 0, below))).sum(-1, keepdims=True)
+    share = own / jnp.where(found[..., None], jnp.where(at, weights, 0).sum(-1, keepdims=True), 1)
+    carried = tangents[5] + tangents[6] * ndtri(jnp.clip(share, eps, 1 - eps))
+    ended = jnp.where(at, carried, 0).sum(-1) / jnp.maximum(at.sum(-1), 1)
+    return y, jnp.where(found, ended, -moved / jnp.where(found, 1, slope))
 
 
 def _time_of_map(name, t, x):
@@ -432,9 +457,17 @@ def _carry(mixture, x, same, alpha, beta, new_alpha, new_beta):
 
     def law(alpha, beta):
         alpha, beta = alpha[..., None], beta[..., None]
-        return alpha * means, jnp.sqrt(alpha**2 * scales**2 + beta**2)
+        # The root has no derivative at 0, where the width of a point is that of its noise.
+        points = scales == 0
+        variance = jnp.where(points, 1, alpha**2 * scales**2 + beta**2)
+        return alpha * means, jnp.where(points, beta, jnp.sqrt(variance))
 
-    return _transport(x, same, log_weights, *law(alpha, beta), *law(new_alpha, new_beta))
+    (centers, widths), new_law = law(alpha, beta), law(new_alpha, new_beta)
+    if len(log_weights) == 1:
+        y = _alone(x, centers, jnp.where(same[..., None] & (widths == 0), 1, widths), *new_law)[..., 0]
+        # To the last bit x where the times are one, with derivatives in both.
+        return lax.stop_gradient(jnp.where(same, x, y)) + (y - lax.stop_gradient(y))
+    return _transport(x, same, log_weights, centers, widths, *new_law)
 
 
 def flow_map(path, distribution) -> Callable:

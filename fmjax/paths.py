@@ -113,7 +113,7 @@ class Lipman:
     """The noise at data, at least 0, where the path is `Linear`."""
 
     def __post_init__(self):
-        checks.setting("sigma_min", self.sigma_min, "the noise that is left at data")
+        checks.setting(self, "sigma_min", "the noise that is left at data")
 
     def alpha(self, t) -> chex.ArrayDevice:
         """alpha_t, like t."""
@@ -143,7 +143,10 @@ class ScaledNoise:
     """What its noise is multiplied with, above 0."""
 
     def __post_init__(self):
-        checks.setting("scale", self.scale, "what the noise is multiplied with", above=True)
+        # Where JAX rebuilds a pytree it is anything else.
+        if isinstance(self.path, type | int | float | complex | str | dict | list | tuple | np.ndarray | jax.Array | None):
+            checks.path(self.path)
+        checks.setting(self, "scale", "what the noise is multiplied with", above=True)
 
     def alpha(self, t) -> chex.ArrayDevice:
         """alpha_t, like t."""
@@ -193,8 +196,8 @@ class VariancePreserving:
     """The rate of the noise at noise, above 0."""
 
     def __post_init__(self):
-        checks.setting("rate_min", self.rate_min, "a rate of noise, so that alpha_t grows")
-        checks.setting("rate_max", self.rate_max, "a rate of noise, so that alpha_t grows", above=True)
+        checks.setting(self, "rate_min", "a rate of noise, so that alpha_t grows")
+        checks.setting(self, "rate_max", "a rate of noise, so that alpha_t grows", above=True)
 
     def _log_alpha(self, t):
         s = 1 - t
@@ -227,7 +230,7 @@ class Polynomial:
     """The power of t, above 0."""
 
     def __post_init__(self):
-        checks.setting("power", self.power, "the power of t, so that alpha_t grows", above=True)
+        checks.setting(self, "power", "the power of t, so that alpha_t grows", above=True)
 
     def alpha(self, t) -> chex.ArrayDevice:
         """alpha_t, like t."""

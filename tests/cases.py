@@ -35,7 +35,7 @@ class FlatEnds:
         return jnp.sin(jnp.pi / 2 * (1 - t)) ** 2
 
 
-BOUNDED = [paths.Linear(), paths.Cosine(), paths.Polynomial(2.0), paths.Polynomial(3.0)]
+BOUNDED = [paths.Linear(), paths.Cosine(), paths.Polynomial(2.0), paths.Polynomial(3.0), paths.ScaledNoise(paths.Cosine(), 2.0)]
 """Paths whose derivative is finite on [0, 1]."""
 PATHS = [*BOUNDED, paths.VariancePreserving(), paths.SquareRoot(), VarianceExploding(), betas.linear()]
 TARGETS = [targets.velocity, targets.score, targets.noise, targets.data, targets.v]

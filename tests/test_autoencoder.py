@@ -156,6 +156,8 @@ def test_wrong_calls_are_explained():
         shape("encode", jnp.zeros((1, 3, 6, 8)))
     with pytest.raises(TypeError, match="scale images to floats in"):
         shape("encode", jnp.zeros((1, 6, 8, 3), jnp.uint8))
+    with pytest.raises(ValueError, match=r"x has shape \(0, 6, 8, 3\)"):
+        shape("encode", jnp.zeros((0, 6, 8, 3)))
     with pytest.raises(ValueError, match=r"z has shape \(6, 8, 4\).*\(B, H, W, 4\)"):
         shape("decode", jnp.zeros((6, 8, 4)))
     with pytest.raises(ValueError, match=r"latents has shape \(1, 6, 8, 3\).*\(B, H, W, 4\)"):

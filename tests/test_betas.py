@@ -63,6 +63,25 @@ def test_grids_are_those_of_respaced_diffusion():
     np.testing.assert_allclose(betas.step_index(path, 0.12345), 875.55, atol=1e-3)
 
 
+@pytest.mark.parametrize("count", [21, 1000, 4000, 50_000])
+def test_indices_of_whole_steps_are_whole(count):
+    path = betas.linear(count)
+    t = betas.grid(path, count)[:-1]
+    for same in (t, jnp.asarray(t), jnp.asarray(1 - np.arange(count, 0, -1) / count)):
+        np.testing.assert_array_equal(jax.jit(lambda t: betas.step_index(path, t))(same), np.arange(count - 1, -1, -1))
+    between = 1 - (np.arange(1, count) + 0.5) / count
+    np.testing.assert_allclose(betas.step_index(path, between), np.arange(1, count) - 0.5, atol=count * 2.0**-22)
+    # Their derivatives are those of the time, which a flow map needs.
+    slope = jax.jvp(lambda t: betas.step_index(path, t), (jnp.float32(1 - 5 / count),), (jnp.float32(1),))[1]
+    assert slope == -count
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_times_of_few_bits_are_no_steps(dtype):
+    with pytest.raises(TypeError, match=r"t has dtype \w+, whose numbers are up to .* apart, but steps 0.001: give times as float32"):
+        betas.step_index(betas.linear(), jnp.asarray(0.5, dtype))
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -136,6 +155,8 @@ def test_guided_channels_are_the_first_ones():
     np.testing.assert_array_equal(value[:, 3], guided[:, 3])
     with pytest.raises(ValueError, match="4 channels"):
         guidance.channels(5)(guided, unguided, 4.0)
+    with pytest.raises(ValueError, match=r"scale has shape .*3\), but it multiplies x of shape .*4\)"):
+        guidance.channels(2)(guided, unguided, jnp.ones((*(1,) * (guided.ndim - 1), 3)))
 
 
 def test_a_step_to_data_adds_no_noise():

@@ -96,6 +96,7 @@ def not_finite(images):
         (not_finite, batches(IMAGES), {"moments": ["logits"]}, ValueError, "logits of images 8 to 15 has numbers that are not finite"),
         (extract, batches(IMAGES), {"keep": ["spatial", "pool"]}, ValueError, "extract gave features, logits, but not pool and spatial"),
         (extract, [], {"moments": ["features"]}, ValueError, "There are no images: the batches are empty"),
+        (extract, [IMAGES[:8], IMAGES[:0]], {"keep": ["logits"]}, ValueError, r"A batch is of shape \(0, .*\), of no images: leave it out"),
         (extract, [IMAGES[:8], IMAGES], {"keep": ["logits"]}, ValueError, "A batch has 21 images, but the first one had 8"),
         (lambda images: images, batches(IMAGES), {}, TypeError, "extract gave a .*, but it gives a dict of arrays, by name"),
         (lambda images: {"a": images.sum(0)}, batches(IMAGES), {"keep": ["a"]}, ValueError, r"a of shape \(4, 4, 3\) for 8 images"),

@@ -132,6 +132,9 @@ def test_preprocess_of_bytes_and_floats():
 def test_preprocess_refuses_other_images(given, message):
     with pytest.raises(ValueError, match=message):
         dinov2.preprocess(given)
+    for dtype in (bool, np.complex64, np.int32):
+        with pytest.raises(TypeError, match="but they are uint8, or floats from 0 to 255: cast them"):
+            dinov2.preprocess(np.zeros((1, 14, 14, 3), dtype))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import pickle
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -247,13 +248,15 @@ def test_reference_statistics_of_other_libraries_are_read(tmp_path):
 def test_files_that_hold_no_moments(tmp_path):
     file = tmp_path / "file"
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"it has arr_0, but not mu and sigma: name the mean .* or make the moments of features of its"):
+    with pytest.raises(
+        ValueError, match=r"images.npz has arr_0, but not mu and sigma: name the mean .* or make the moments of features of its"
+    ):
         metrics.load_moments(tmp_path / "images.npz")
     np.savez(tmp_path / "objects.npz", mu=np.array([None, None]), sigma=np.eye(2))
-    with pytest.raises(ValueError, match="has no moments as mu and sigma: Object arrays cannot be loaded"):
+    with pytest.raises(ValueError, match=r"objects.npz is no .npz file, or a damaged one .*Object arrays cannot be loaded"):
         metrics.load_moments(tmp_path / "objects.npz")
     file.write_bytes(pickle.dumps({"fid": {"mu": np.zeros(2), "sigma": np.eye(2)}}))
-    with pytest.raises(ValueError, match=r"file is no \.npz file: give one that holds mu and sigma, as metrics\.save_moments writes"):
+    with pytest.raises(ValueError, match=r"file is no \.npz file, or a damaged one"):
         metrics.load_moments(file)
     np.save(tmp_path / "array.npy", np.eye(2))
     with pytest.raises(ValueError, match=r"is no \.npz file"):
@@ -268,8 +271,60 @@ def test_files_that_hold_no_moments(tmp_path):
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(ValueError, match="has no moments as mu and sigma: Bad CRC-32"):
+    with pytest.raises(ValueError, match=r"a damaged one .*Bad CRC-32"):
         metrics.load_moments(file)
+
+
+@settings(max_examples=200, deadline=None)
+@given(at=st.floats(0, 1, exclude_max=True), change=st.integers(0, 255), compressed=st.booleans())
+def test_a_damaged_file_is_refused_or_right(tmp_path_factory, at, change, compressed):
+    file, x = tmp_path_factory.getbasetemp() / "damaged.npz", draw(0, 9, 3)
+    saved = metrics.moments(x)
+    (np.savez_compressed if compressed else np.savez)(file, mu=saved.mean, sigma=saved.covariance)
+    data = bytearray(file.read_bytes())
+    data[int(at * len(data))] ^= change
+    file.write_bytes(data if change else data[: int(at * len(data))])
+    try:
+        found = metrics.load_moments(file)
+    except ValueError:
+        return
+    assert (found.mean == saved.mean).all()
+    assert (found.covariance == saved.covariance).all()
+
+
+def test_shapes_are_known_before_numbers_are_read(tmp_path):
+    """A small file of many zeros is not unpacked."""
+    np.savez_compressed(tmp_path / "zeros.npz", mu=np.zeros(2), sigma=np.zeros((1000, 1000, 10)))
+    tracemalloc.start()
+    with pytest.raises(
+        ValueError, match=r"zeros.npz has no moments as mu and sigma: mean has shape \(2,\) and covariance \(1000, 1000, 10\)"
+    ):
+        metrics.load_moments(tmp_path / "zeros.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e7
+
+
+def test_moments_are_a_copy():
+    mean, covariance = np.zeros(2), np.eye(2)
+    found = metrics.Moments(mean, covariance)
+    mean[:], covariance[:] = 5, 5
+    assert (found.mean == 0).all()
+    assert (found.covariance == np.eye(2)).all()
+
+
+def test_features_beyond_float64_say_so():
+    """Their products have no numbers, where a distance would be nan or inf."""
+    x, y = 1e200 * draw(0, 9, 3), 1e200 * draw(1, 9, 3)
+    for function in (metrics.frechet_distance, lambda x, y: metrics.kernel_distance(jax.random.key(0), x, y, 2, 5)):
+        with pytest.raises(ValueError, match=r"Features are up to .*e\+200, whose products float64 does not hold: scale them"):
+            function(x, y)
+    large = metrics.Moments(np.full(3, 1e200), np.eye(3))
+    with pytest.raises(ValueError, match="whose products float64 does not hold"):
+        metrics.frechet(large, metrics.moments(draw(0, 9, 3)))
+    wide = metrics.Moments(np.zeros(3), 1e200 * np.eye(3))
+    with pytest.raises(ValueError, match="whose products float64 does not hold"):
+        metrics.frechet(wide, metrics.Moments(np.zeros(3), 1e250 * np.eye(3)))
 
 
 def test_inception_score_of_known_classifiers():
@@ -347,6 +402,9 @@ def test_neighbours_of_equal_and_of_far_sets():
     x, y = draw(0, 30, 4), draw(1, 20, 4)
     assert metrics.precision_recall(x, x) == (1, 1)
     assert metrics.precision_recall(x, y + 100) == (0, 0)
+    # Far from the origin, where products lose the digits of distances.
+    for metric in (metrics.precision_recall, metrics.density_coverage):
+        assert metric(x + 1e8, y + 1e8) == metric(x, y)
     assert metrics.density_coverage(x, y + 100) == (0, 0)
     assert metrics.density_coverage(x, x, k=2)[1] == 1
     # Samples of one of two modes are right, and show half of the data.

@@ -252,6 +252,30 @@ def test_points_are_reached_and_not_left():
     assert not jnp.isfinite(jax.jit(marginals.flow_map(LINEAR, one))(x, 1.0, 0.5)).any()
 
 
+def test_derivatives_where_points_are_reached(x64):
+    """0 in space, where all nearby goes to one point, beside a component that has a width too; in time the limit's."""
+    x = jnp.array([-3.0, -0.1, 0.1, 0.8, 3.0])[:, None]
+    for data in (line(0.0), line(jnp.array([0.0, 0.7, 0.0])), marginals.GaussianMixture(jnp.ones(1), jnp.array([[0.7]]), 0.0)):
+        flow = marginals.flow_map(LINEAR, data)
+        arrived = np.isclose(flow(x, 0.0, 1.0), np.asarray(data.means)[np.broadcast_to(data.scales, len(data.means)) == 0].T).any(1)
+        assert arrived.any()
+        gradient = jax.grad(lambda x, t, flow=flow: flow(x, 0.0, t).sum())
+        np.testing.assert_allclose(gradient(x, 1.0)[:, 0], np.where(arrived, 0, gradient(x, 1 - 1e-7)[:, 0]), rtol=1e-5, atol=1e-12)
+        slope = lambda t, flow=flow: jax.jvp(lambda t: flow(x, 0.0, t), (t,), (1.0,))[1]
+        np.testing.assert_allclose(slope(1.0), slope(1 - 1e-7), rtol=1e-5)
+
+
+@pytest.mark.parametrize("far", [1e12, 1e20, 1e30])
+def test_states_whose_squares_float32_does_not_hold(far):
+    x = far * np.array([-1.0, -0.3, 0.3, 1.0])[:, None]
+    for s, t in ((0.0, 1.0), (0.0, 0.5), (0.9, 0.3)):
+        flow = lambda x, s=s, t=t: marginals.flow_map(LINEAR, line())(x, s, t)
+        y, gradient = flow(jnp.asarray(x, jnp.float32)), jax.grad(lambda x, flow=flow: flow(x).sum())(jnp.asarray(x, jnp.float32))
+        with jax.enable_x64(True):
+            np.testing.assert_allclose(y, flow(jnp.asarray(x)), rtol=1e-5)
+        np.testing.assert_allclose(gradient, y / x, rtol=1e-4)
+
+
 PLANE = marginals.GaussianMixture(jnp.ones(2), jnp.eye(2), 1.0)
 LEAVES = marginals.GaussianMixture(jnp.ones(1), {"a": jnp.zeros((1, 2))}, 1.0)
 

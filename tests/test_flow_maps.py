@@ -234,6 +234,24 @@ def test_samples_of_the_exact_map_are_the_data_in_any_number_of_steps_and_back()
     np.testing.assert_array_equal(alone, x_1[:5])
 
 
+def test_noise_is_renewed_between_steps_and_not_after_the_last():
+    """On a grid that ends before data, too, where the map leads to no noise-free state."""
+    asked = []
+
+    def follow(x, s, t):
+        asked.append((s, t))
+        return 0 * x + 5
+
+    key, x_0, grid = jax.random.key(0), jnp.ones((3, 2)), np.float32([0, 0.4, 0.75])
+    with jax.disable_jit():
+        x_1 = sampling.sample_map_renewed(paths.Linear(), follow, key, x_0, grid)
+    np.testing.assert_array_equal(x_1, 5)
+    np.testing.assert_allclose(asked, [(0, 0.75), (0.4, 0.75)])
+    seen = sampling.sample_map_renewed(paths.Linear(), lambda x, s, t: x, key, x_0, grid)
+    expected = 0.4 * x_0 + 0.6 * sampling.noise(jax.random.fold_in(key, 0), x_0.shape)
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+
+
 def test_guidance_is_learnt_into_the_map():
     """Two classes of one Gaussian each: the map of the guided velocity is what the objective has no gradient at."""
     velocity = {
@@ -325,6 +343,14 @@ def test_networks_have_a_second_time(kind):
         np.testing.assert_allclose(slope, (there - here) / 2e-3, rtol=0.1, atol=0.05 * np.abs(slope).max())
 
 
+def first(x, *times):
+    """One example in the place of all, which would broadcast."""
+    return x[:1]
+
+
+INFINITE = targets.convert_field(paths.VariancePreserving(), lambda x, t: x, source=targets.noise, target=targets.velocity)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -335,6 +361,34 @@ def test_networks_have_a_second_time(kind):
         (lambda m: flow_maps.mean_flow(jnp.ones(3), paths.Linear(), X, X, S, T), "function"),
         (lambda m: flow_maps.lagrangian(m, jnp.ones(3), X, S, T), "function"),
         (lambda m: flow_maps.from_velocity(lambda x, t: x, 0), "steps"),
+        *(
+            (call, rf"The output of {of} has shape \(1, 1\), but must be like x, \(4, 1\)")
+            for of, call in [
+                ("mean_velocity", lambda m: flow_maps.flow_map(first)(X, S, T)),
+                ("mean_velocity", lambda m: flow_maps.velocity(first)(X, S)),
+                ("mean_velocity", lambda m: flow_maps.mean_flow(first, paths.Linear(), X, X, S, T)),
+                ("mean_velocity", lambda m: flow_maps.eulerian(first, lambda x, t: x, X, S, T)),
+                ("mean_velocity", lambda m: flow_maps.lagrangian(first, lambda x, t: x, X, S, T)),
+                ("mean_velocity", lambda m: flow_maps.self_consistency(first, X, S, S, T)),
+                ("mean_velocity", lambda m: flow_maps.consistency(first, X, S, X, S, T)),
+                ("flow_map", lambda m: flow_maps.mean_velocity(first)(X, S, T)),
+                ("teacher", lambda m: flow_maps.self_consistency(m, X, S, S, T, teacher=first)),
+                ("teacher", lambda m: flow_maps.consistency(m, X, S, X, S, T, teacher=first)),
+                ("field", lambda m: flow_maps.lagrangian(m, first, X, S, T)),
+                ("field", lambda m: flow_maps.eulerian(m, first, X, S, T)),
+                ("tangent", lambda m: flow_maps.mean_flow(m, paths.Linear(), X, X, S, T, tangent=first)),
+                ("target", lambda m: flow_maps.mean_flow(m, paths.Linear(), X, X, S, T, target=first)),
+            ]
+        ),
+        (
+            lambda m: flow_maps.flow_map(lambda x, s, t: {"a": x["a"][:1]})({"a": X}, S, T),
+            r"The output of mean_velocity has shape \(1, 1\)",
+        ),
+        (lambda m: jax.jit(lambda x: flow_maps.lagrangian(m, lambda x, t: x, x, 0.9, 0.5))(X), "intervals go forward"),
+        *(
+            (lambda m, times=times: flow_maps.from_velocity(INFINITE)(X, *times), "where it would be infinite")
+            for times in [(0.0, 1.0), (0.5, np.float32([0.9, 1.0, 0.9, 0.6])), (1.0, 0.5)]
+        ),
         (lambda m: flow_maps.adaptive(jnp.ones(3), constant=0.0), "constant"),
         (lambda m: flow_maps.draw_interval(jax.random.key(0), 4, equal=1.5), "equal"),
         (lambda m: flow_maps.guided_target(m, jnp.zeros(3, int), 2, 1.0, 1.0), "mix"),

@@ -334,7 +334,7 @@ def test_inverse_problems_of_gaussian_data_are_solved_exactly(path, key, x64):
         expected_data = mean[None] + alpha * (x - alpha * mean[None]) @ (covariance @ spread).T
         expected_noise = beta * (x - alpha * mean[None]) @ spread.T
         a, b = targets.velocity(path, t)
-        x_1 = sampling.sample_ode(guided, x, jnp.linspace(1e-3, 1, 51), step=sampling.midpoint)[0]
+        x_1 = sampling.sample_ode(guided, path.beta(0.0) * x, jnp.linspace(1e-3, 1, 51), step=sampling.midpoint)[0]
         return y, mean, covariance, guided(x, t), a * expected_data + b * expected_noise, x_1
 
     found = jax.jit(lambda: {which: solved(*measured) for which, measured in MEASURED.items()})()

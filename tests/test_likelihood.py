@@ -31,7 +31,9 @@ def test_density_of_a_mixture(path, data, key, x64):
     data = data()
     x_1 = data.sample(key, 8)
     field = marginals.velocity(path, data)
-    found = jax.jit(lambda x: likelihood.log_density(field, likelihood.normal, x, GRID))(x_1)
+    scale = path.beta(0.0)
+    noise = lambda x: likelihood.normal(x / scale) - x[0].size * np.log(scale)
+    found = jax.jit(lambda x: likelihood.log_density(field, noise, x, GRID))(x_1)
     np.testing.assert_allclose(found.log_p, marginals.log_density(path, data)(x_1, 1.0), atol=1e-4)
     np.testing.assert_array_equal(found.standard_error, 0.0)
 

@@ -69,7 +69,7 @@ def test_euler_on_the_linear_path_ends_at_the_point_in_n_steps(key, x64):
 def test_marginal_flow_has_the_law_of_the_path(path, x64):
     """X_0 ~ p_init and d/dt X = u_t(X) give X_t ~ p_t: on the line the flow keeps F_t(X_t), at every time up to the data."""
     u = np.linspace(0.01, 0.99, 33)
-    x_0, times = jnp.array(scipy.stats.norm.ppf(u))[:, None], jnp.linspace(0, 1, 401)
+    x_0, times = path.beta(0.0) * jnp.array(scipy.stats.norm.ppf(u))[:, None], jnp.linspace(0, 1, 401)
     field = marginals.velocity(path, line())
     saved = jax.jit(lambda x_0: sampling.sample_ode(field, x_0, times, step=sampling.rk4, save=lambda x, t: x)[1])(x_0)
     np.testing.assert_array_equal(saved[0], x_0)
@@ -114,7 +114,7 @@ def test_marginal_path_joins_noise_to_data(path, x64):
     """p_0 = p_init, p_1 = p_data."""
     x = np.linspace(-3, 3, 13)[:, None]
     log_density = jax.jit(lambda x, t: marginals.log_density(path, line())(x, t))
-    np.testing.assert_allclose(log_density(x, 0.0), scipy.stats.norm.logpdf(x[:, 0]), rtol=1e-12)
+    np.testing.assert_allclose(log_density(x, 0.0), scipy.stats.norm.logpdf(x[:, 0], scale=path.beta(0.0)), rtol=1e-12)
     np.testing.assert_allclose(log_density(x, 1.0), np.log(scipy.stats.norm.pdf(x, MEANS[None], SCALES[None]) @ WEIGHTS), rtol=1e-10)
 
 

@@ -27,7 +27,7 @@ def test_ends_are_noise_and_data(path):
     zero, one = jnp.zeros(()), jnp.ones(())
     trace_of_data = {paths.VariancePreserving: 0.0066, betas.Betas: 0.00635}.get(type(path), 0)
     np.testing.assert_allclose(path.alpha(zero), trace_of_data, atol=1e-4)
-    np.testing.assert_allclose(path.beta(zero), 1, atol=1e-4)
+    np.testing.assert_allclose(path.beta(zero), getattr(path, "scale", 1), atol=1e-4)
     assert path.alpha(one) == 1
     assert path.beta(one) == 0
 
@@ -151,6 +151,21 @@ def test_a_path_is_a_value(path):
     assert hash(again) == hash(path)
     assert pickle.loads(pickle.dumps(path)) == path
     assert jax.tree.unflatten(jax.tree.structure(path), jax.tree.leaves(path)) == path
+
+
+@pytest.mark.parametrize("path", [each for each in PATHS if "VarianceExploding" not in name(each)], ids=name)
+def test_numbers_of_numpy_are_numbers(path):
+    """They leave the times their dtype, and the path what it is."""
+    again = type(path)(**{key: np.float64(value) if isinstance(value, float) else value for key, value in vars(path).items()})
+    assert again == path
+    for schedule in (again.alpha, again.beta):
+        assert schedule(jnp.bfloat16(0.3)).dtype == jnp.bfloat16
+
+
+def test_more_noise_is_of_a_path():
+    for wrong in (3, "linear", None, paths.Linear, [paths.Linear()]):
+        with pytest.raises(TypeError, match=r"path is .*(a path is an object with alpha|a pytree)"):
+            paths.ScaledNoise(wrong, 2.0)
 
 
 def test_a_rebuilt_path_costs_no_trace(key):

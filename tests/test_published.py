@@ -103,6 +103,19 @@ def test_jit_samples_as_its_code_does():
     assert error(sample(network), arrays["heun"]) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("t", [0.2, np.float64(0.94), np.full(2, 0.96), 1.0])
+def test_data_are_divided_by_no_less_than_in_training(t, dtype):
+    """u = (D - x) / max(1 - t, 0.05), of x's dtype; so it is finite at data."""
+    network, _, _ = loaded("jit")
+    x, y = settings.drawn(2, 24, 24, 3, seed=2).astype(dtype), settings.LABELS
+    velocity = network.velocity(x, t, y)
+    left = np.maximum(1 - np.asarray(t, np.float32), 0.05).reshape(-1, 1, 1, 1)
+    assert velocity.dtype == dtype
+    by_hand = (np.asarray(network.predict(x, t, y), np.float32) - np.asarray(x, np.float32)) / left
+    np.testing.assert_allclose(np.asarray(velocity, np.float32), by_hand, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-4)
+
+
 def with_positions(name):
     """The tensors of a network with its table of positions."""
     tensors, _ = official.load(name)
@@ -231,6 +244,10 @@ def changed(name, **changes):
         ("sit", {"x_embedder.proj.weight": None}, r"no x_embedder.proj.weight, which says the network's size; it has .* and so on"),
         ("jit", {"x_embedder.proj1.weight": None}, "no x_embedder.proj1.weight, which says the network's size"),
         ("jit", {"blocks.2.attn.q_norm.weight": None}, r"1 missing \(blocks.2.attn.q_norm.weight\)"),
+        ("sit", {"blocks.999999.x": np.ones(3)}, "up to blocks.999999, but none is blocks.2: part of it is missing"),
+        ("sit", {"blocks.x.y": np.ones(3)}, r"0 missing; 1 not known \(blocks.x.y\)"),
+        ("sit", {"x_embedder.proj.weight": np.ones((64, 16))}, r"x_embedder.proj.weight has shape \(64, 16\), but it has 4 axes"),
+        ("jit", {"in_context_posemb": np.ones(3)}, r"in_context_posemb has shape \(3,\), but it has 3 axes"),
     ],
 )
 def test_files_that_do_not_fit_are_named(name, changes, message):
@@ -246,6 +263,21 @@ def test_what_no_tensor_shows_is_asked_for():
         pretrained.jit(with_positions("jit"), num_heads=4)
     with pytest.raises(ValueError, match="image_size is 100, but published sizes are 64, 128, 256, 512: give a model"):
         pretrained.adm({}, 100)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"num_heads": "0"}, "its network has num_heads '0', but it is a number above 0"),
+        ({"num_heads": "abc"}, "its network has num_heads 'abc', but it is a number above 0"),
+        ({"num_heads": "7"}, "num_heads is 7, but the network has 64 features, which is no multiple of it"),
+        ({"num_heads": "4", "time_scale": "nan"}, "its network has time_scale 'nan', but it is a number above 0"),
+    ],
+)
+def test_what_a_file_says_is_checked(tmp_path, said, message):
+    pretrained.write(tmp_path / "sit.safetensors", with_positions("sit"), said)
+    with pytest.raises(ValueError, match=message):
+        pretrained.sit(pretrained.read(tmp_path / "sit.safetensors"))
 
 
 def test_a_checkpoint_of_training_has_parts():

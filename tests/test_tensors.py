@@ -363,6 +363,8 @@ ODD = {
     "a call of a number": Call(1, ()),
     "a call of text": Call("os.system", ("true",)),
     "a call with a list": Call(Name("collections", "OrderedDict"), []),
+    "a dictionary of a tuple": Call(Name("collections", "OrderedDict"), ((("a", 1),),)),
+    "a shape of a hundred sides": Call(Name("torch", "Size"), ([1] * 100,)),
     "a call of a tensor": Call(Name("torch._utils", "_rebuild_tensor_v2"), (1,)),
     "a call of a wrong tensor": Call(Name("torch._utils", "_rebuild_tensor_v3"), (1, 2, 3, 4, 5, 6, (), ())),
     "a typed tensor of a type": Call(Name("torch._tensor", "_rebuild_from_type_v2"), (Name("torch", "Size"), 1, ((1,),), {})),
@@ -382,6 +384,20 @@ ODD = {
     "a number of many digits": Opcodes((b"L" + b"9" * 5000 + b"L\n",)),
     "text that is none": Opcodes((b"X\x01\x00\x00\x00\xff",)),
 }
+
+
+def test_a_list_is_not_copied_again_and_again(file):
+    # A hundred thousand dictionaries would be gigabytes of a file that has one list.
+    call = code(Name("collections", "OrderedDict")) + b"h\x01\x85R"
+    pairs = b"]q\x01(" + b"".join(code([str(i), i]) for i in range(20_000)) + b"e0"
+    bomb = Opcodes((pairs, b"]", *(call + b"a" for _ in range(200))))
+    data = as_zip({"w": tensor(), "others": bomb})
+    tracemalloc.start()
+    found = read(file, data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert list(found) == ["w"]
+    assert peak < 100 * len(data)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -570,7 +586,8 @@ W = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         (header({"w": W | {"shape": [2, 4]}}), r"w has 24 bytes, but 32 for its shape \(2, 4\) of F32"),
         (header({"w": W | {"shape": [-2, -3]}}), "is not of whole numbers of at least 0"),
         (header({"w": W | {"shape": [2, True]}}), "is not of whole numbers of at least 0"),
-        (header({"w": W | {"shape": [2**40, 2**40, 0]}}), "w has 24 bytes, but 0"),
+        (header({"w": W | {"shape": [2**40, 0, 3]}}), "w has 24 bytes, but 0"),
+        (header({"w": W | {"shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}}, b""), "is of more items than any memory holds"),
         (header({"w": W | {"shape": [1] * 65}}), "is not a list of at most 64"),
         (header({"w": W | {"data_offsets": [4, 28]}}, bytes(28)), "w begins at byte .*, but the tensor before it ends at"),
         (header({"w": W, "v": W}), "begins at byte .*, but the tensor before it ends at"),
@@ -657,8 +674,9 @@ def test_what_is_not_written(file, given, message):
     file.write_text("before")
     with pytest.raises(ValueError, match=message):
         tensors.write(file, given)
-    with pytest.raises(ValueError, match="it is strings by strings"):
-        tensors.write(file, {"w": X}, {"step": 3})
+    for metadata in ({"step": 3}, ["step"], "step"):
+        with pytest.raises(ValueError, match="it is strings by strings"):
+            tensors.write(file, {"w": X}, metadata)
     assert file.read_text() == "before"
 
 

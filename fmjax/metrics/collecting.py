@@ -51,6 +51,8 @@ def collect(
     for images in batches:
         images = np.asarray(images)
         count = len(images)
+        if not count:
+            raise ValueError(f"A batch is of shape {images.shape}, of no images: leave it out.")
         # One shape, so that all batches are one program.
         size = size or -(-count // devices) * devices
         if count > size:

@@ -7,6 +7,7 @@ from scipy import special
 
 from fmjax import checks
 from fmjax.metrics.sets import one, two
+from fmjax.metrics.statistics import require_squares
 
 
 def inception_score(logits, splits: int | np.integer = 10) -> tuple[float, float]:
@@ -73,9 +74,11 @@ def kernel_distance(key, x, y, subsets: int | np.integer = 100, subset_size: int
         )
     key_x, key_y = jax.random.split(key)
     squares = []
-    for of_x, of_y in zip(_subsets(key_x, len(x), subsets, subset_size), _subsets(key_y, len(y), subsets, subset_size), strict=True):
-        within = _mean_of_pairs(x[of_x]) + _mean_of_pairs(y[of_y])
-        squares.append(within - 2 * _kernel(x[of_x], y[of_y]).mean())
+    with np.errstate(over="ignore", invalid="ignore"):
+        for of_x, of_y in zip(_subsets(key_x, len(x), subsets, subset_size), _subsets(key_y, len(y), subsets, subset_size), strict=True):
+            within = _mean_of_pairs(x[of_x]) + _mean_of_pairs(y[of_y])
+            squares.append(within - 2 * _kernel(x[of_x], y[of_y]).mean())
+    require_squares(np.append(x, y), squares)
     return float(np.mean(squares)), float(np.std(squares))
 
 

@@ -5,8 +5,6 @@ together by their means and covariances    (Chan, Golub and LeVeque 1979).
 """
 
 import dataclasses
-import zipfile
-import zlib
 
 import numpy as np
 
@@ -55,7 +53,8 @@ def _numbers(name, value):
         raise TypeError(f"{name} has dtype {value.dtype}, but it is an array of real numbers.")
     if not np.isfinite(value).all():
         raise ValueError(f"{name} has {(~np.isfinite(value)).sum()} of {value.size} numbers that are not finite.")
-    return value.astype(np.float64, copy=False)
+    # A copy, which the caller's later changes do not reach.
+    return value.astype(np.float64)
 
 
 def _require_moments(**given):
@@ -89,9 +88,20 @@ def moments(features) -> Moments:
       ValueError: if they are not a batch of vectors, or one is not finite.
     """
     features = one("features", features)
-    mean = features.mean(0)
-    apart = features - mean[None]
-    return Moments(mean, apart.T @ apart / max(len(features) - 1, 1), len(features))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = features.mean(0)
+        apart = features - mean[None]
+        covariance = apart.T @ apart / max(len(features) - 1, 1)
+    require_squares(features, mean, covariance)
+    return Moments(mean, covariance, len(features))
+
+
+def require_squares(features, *made) -> None:
+    """Raises where numbers made of features are beyond float64."""
+    if not all(np.isfinite(each).all() for each in made):
+        raise ValueError(
+            f"Features are up to {np.abs(features).max():g}, whose products float64 does not hold: scale them, all sets alike."
+        )
 
 
 def merge(a, b) -> Moments:
@@ -164,11 +174,17 @@ def frechet(a, b) -> float:
     there = values > _ROUNDING * values[-1]
     root = vectors[:, there] * np.sqrt(values[there])
     # tr (C_a C_b)^(1/2) = tr (A^T C_b A)^(1/2) with A A^T = C_a, which is symmetric: real eigenvalues, no complex root.
-    squares = np.linalg.eigvalsh(root.T @ high.covariance @ root)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = root.T @ high.covariance @ root
+    require_squares(np.append(low.covariance, high.covariance), product)
+    squares = np.linalg.eigvalsh(product)
     _require_positive(of_high, squares, values[-1] * high.covariance.diagonal().max())
     cross = np.sqrt(np.maximum(squares, 0)).sum()
+    with np.errstate(over="ignore"):
+        distance = float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    require_squares(np.append(a.mean, b.mean), distance)
     # Rounding leaves a little on either side of zero where the sets are equal.
-    return max(float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross), 0.0)
+    return max(distance, 0.0)
 
 
 def _require_positive(name, values, largest):
@@ -210,19 +226,21 @@ def load_moments(path, mean="mu", covariance="sigma") -> Moments:
       FileNotFoundError: if there is no file.
       ValueError: if the file is no .npz file, is damaged or has other names, or what it has under them is no mean and covariance.
     """
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"{path} is no .npz file: give one that holds {mean} and {covariance}, as metrics.save_moments writes.")
-        file.seek(0)
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                missing = [name for name in (mean, covariance) if name not in arrays.files]
-                if missing:
-                    raise ValueError(
-                        f"it has {', '.join(arrays.files) or 'nothing'}, but not {' and '.join(missing)}: name the mean and the "
-                        "covariance, or make the moments of features of its images."
-                    )
-                count = arrays["count"].item() if "count" in arrays.files else None
-                return Moments(arrays[mean], arrays[covariance], count)
-        except (TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} has no moments as {mean} and {covariance}: {error}") from error
+    held = files.arrays(path)
+    missing = [name for name in (mean, covariance) if name not in held]
+    if missing:
+        raise ValueError(
+            f"{path} has {', '.join(held) or 'nothing'}, but not {' and '.join(missing)}: name the mean and the covariance, or make the "
+            "moments of features of its images."
+        )
+    # Compressed zeros of any shape are a small file.
+    if len(held[mean].shape) != 1 or held[covariance].shape != held[mean].shape * 2:
+        raise ValueError(
+            f"{path} has no moments as {mean} and {covariance}: mean has shape {held[mean].shape} and covariance "
+            f"{held[covariance].shape}, but they are (D,) and (D, D)."
+        )
+    try:
+        count = held["count"].read().item() if "count" in held else None
+        return Moments(held[mean].read(), held[covariance].read(), count)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no moments as {mean} and {covariance}: {error}") from error

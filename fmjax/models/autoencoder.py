@@ -252,7 +252,7 @@ class Autoencoder(nn.Module):
 def _images(name, x, channels, what):
     """Raises unless x is a batch of images with so many channels, and returns it as an array."""
     x = checks.floats(name, x)
-    if x.ndim != 4 or x.shape[-1] != channels:
+    if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape:
         hint = f": move its channels last, {name}.transpose(0, 2, 3, 1)" if x.ndim == 4 and x.shape[1] == channels else ""
         raise ValueError(f"{name} has shape {x.shape}, but this autoencoder takes {what}, (B, H, W, {channels}){hint}.")
     return x

@@ -50,10 +50,13 @@ def preprocess(images) -> chex.ArrayDevice:
     Returns:
       (B, H, W, 3), float32.
     Raises:
+      TypeError: if the images are neither uint8 nor floats.
       ValueError: if the images have another shape, or their known values are not from 0 to 255 but, for example, from 0 to 1.
     """
     given = jnp.asarray(images)
     _require_rgb("images", given)
+    if given.dtype != jnp.uint8 and not jnp.issubdtype(given.dtype, jnp.floating):
+        raise TypeError(f"images have dtype {given.dtype}, but they are uint8, or floats from 0 to 255: cast them.")
     if not isinstance(given, Tracer) and given.is_fully_addressable:
         values = np.asarray(given)
         least, most = values.min(), values.max()

@@ -144,6 +144,6 @@ class Published:
             raise ValueError(f"The network gives {value.shape[-1]} channels for x of {channels}: it is of examples of shape {self.size}.")
         value, rest = value[..., :channels], value[..., channels:]
         if self.least:
-            left = jnp.maximum(1 - paths.lift(t, x), self.least)
-            return (value - x) / left, rest
+            left = jnp.maximum(1 - paths.lift(checks.times(checks.on_path(t), x), x), self.least)
+            return ((value - x) / left).astype(x.dtype), rest
         return targets.convert(self.path, value, x, t, source=self.target, target=targets.velocity), rest

@@ -196,7 +196,8 @@ def write(path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None =
     Raises:
       ValueError: if a name, a dtype or the metadata is not of the format.
     """
-    if metadata is not None and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+    described_by_strings = isinstance(metadata, Mapping) and all(isinstance(text, str) for pair in metadata.items() for text in pair)
+    if metadata is not None and not described_by_strings:
         raise ValueError(f"metadata is {metadata!r}, but it is strings by strings: use json.dumps for others.")
     kinds = {dtype: kind for kind, dtype in _SAFETENSORS.items()}
     described: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -248,6 +249,11 @@ class _Entry:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
+
+    def __post_init__(self):
+        # Where a side is 0 the others are in no byte of the file.
+        if math.prod(max(side, 1) for side in self.shape) * self.dtype.itemsize >= 2**62:
+            raise ValueError(f"a tensor of shape {self.shape} is of more items than any memory holds")
 
     @property
     def bytes(self):
@@ -421,8 +427,18 @@ def _inert(*_):
 def _dictionary(*pairs):
     found = {}
     if pairs:
+        if not isinstance(pairs[-1], list):
+            raise TypeError("a dictionary is made of what is no list of pairs")
         _set(found, [each for key, value in pairs[-1] for each in (key, value)])
+        # So that a pickle which calls this with one list again and again has no copies of it.
+        pairs[-1].clear()
     return found
+
+
+def _sides(sides=()):
+    if len(sides) > _AXES:
+        raise ValueError(f"a shape has {len(sides)} sides, but at most {_AXES} are known")
+    return tuple(sides)
 
 
 def _set(target, items):
@@ -482,7 +498,7 @@ _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _typed,
     ("torch.storage", "_load_from_bytes"): _stored,
-    ("torch", "Size"): lambda sides=(): tuple(sides),
+    ("torch", "Size"): _sides,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
     **{("torch", name): _inert for name in (*_STORAGES, *_DTYPES, "Tensor", "device")},
     **{("torch.storage", name): _inert for name in ("TypedStorage", "UntypedStorage")},

@@ -4,6 +4,8 @@ The three share names. DiT (Peebles and Xie 2023, arXiv:2212.09748) predicts noi
 (Ma et al. 2024, arXiv:2401.08740) a velocity along the linear path, and JiT (Li and He 2025, arXiv:2511.13720) the data along it.
 """
 
+import re
+
 import numpy as np
 
 from fmjax import betas, checks, paths, targets
@@ -100,7 +102,8 @@ def sit(tensors, *, num_heads=None, time_scale=None) -> Published:
       ValueError: if a tensor is missing, unknown, of another shape or not finite, or a number cannot be the network's.
     """
     if time_scale is None:
-        time_scale = float(_said(tensors, "time_scale", 1.0))
+        said = _said(tensors, "time_scale", float)
+        time_scale = 1.0 if said is None else said
     checks.number("time_scale", time_scale, "what the network multiplies its time with", least=0, above=True)
     model = _size(tensors, num_heads, networks.DiT(time_embedding=layers.Sinusoids(scale=time_scale)))
     return _published(tensors, model, path=paths.Linear(), target=targets.velocity, time=given_time)
@@ -177,9 +180,18 @@ def sit_metadata(model) -> dict[str, str]:
     return {"num_heads": str(model.num_heads), "time_scale": str(embedding.scale)}
 
 
-def _said(tensors, name, default):
-    """What a file says of its network beside its tensors."""
-    return getattr(tensors, "metadata", {}).get(name, default)
+def _said(tensors, name, kind):
+    """A number above 0 that a file says of its network beside its tensors; None where it says none."""
+    text = getattr(tensors, "metadata", {}).get(name)
+    if text is None:
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < np.inf:
+        raise ValueError(f"The file says that its network has {name} {text[:80]!r}, but it is a number above 0.")
+    return value
 
 
 def _size(tensors, num_heads, base):
@@ -187,31 +199,44 @@ def _size(tensors, num_heads, base):
     layouts.require_tensors(tensors)
     if num_heads is not None:
         checks.whole("num_heads", num_heads, "how many heads the attention has")
-    said = _said(tensors, "num_heads", None)
-    if said is not None and num_heads not in (None, int(said)):
+    said = _said(tensors, "num_heads", int)
+    if said is not None and num_heads not in (None, said):
         raise ValueError(f"num_heads is {num_heads}, but the file says that its network has {said}: leave it out.")
-    num_heads = num_heads if said is None else int(said)
+    num_heads = num_heads if said is None else said
     shape = _shapes(tensors)
     first = "x_embedder.proj1.weight" if base.rotary else "x_embedder.proj.weight"
-    needed = (
-        first,
-        "y_embedder.embedding_table.weight",
-        "t_embedder.mlp.0.weight",
-        "final_layer.linear.weight",
-        "blocks.0.attn.qkv.weight",
-    )
+    # By their numbers of axes.
+    needed = {
+        first: 4,
+        "y_embedder.embedding_table.weight": 2,
+        "t_embedder.mlp.0.weight": 2,
+        "final_layer.linear.weight": 2,
+        "blocks.0.attn.qkv.weight": 2,
+        **({"in_context_posemb": 3} if "in_context_posemb" in tensors else {}),
+    }
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(
             f"The file has no {missing[0]}, which says the network's size; it has {', '.join(list(tensors)[:4])} and so on. Is it a "
             "checkpoint of another network, or are the names under a prefix, as JiT's under net., `tensors.under('net.')`?"
         )
+    for name, axes in needed.items():
+        if len(shape(name)) != axes or 0 in shape(name):
+            raise ValueError(f"{name} has shape {tuple(shape(name))}, but it has {axes} axes, none of them 0: is it another network?")
     features, channels, patch_size = shape(first)[0], *shape(first)[1:3]
     bottleneck = features if base.rotary else None
     hidden_size = shape("t_embedder.mlp.0.weight")[0]
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    numbers = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
+    depth = next(i for i in range(len(numbers) + 1) if i not in numbers)
+    if depth < len(numbers):
+        raise ValueError(
+            f"The file has {len(numbers)} blocks up to blocks.{max(numbers)}, but none is blocks.{depth}: part of it is missing."
+        )
     if num_heads is None and hidden_size not in _HEADS:
         raise ValueError(f"No published size has {hidden_size} features, so num_heads is not known: give it.")
+    num_heads = _HEADS[hidden_size] if num_heads is None else num_heads
+    if hidden_size % num_heads:
+        raise ValueError(f"num_heads is {num_heads}, but the network has {hidden_size} features, which is no multiple of it.")
     out = shape("final_layer.linear.weight")[0] // patch_size**2
     if out not in (channels, 2 * channels):
         raise ValueError(f"The network gives {out} channels for {channels}, but it gives as many, or twice as many with a variance.")
@@ -220,7 +245,7 @@ def _size(tensors, num_heads, base):
         patch_size=patch_size,
         hidden_size=hidden_size,
         depth=depth,
-        num_heads=_HEADS[hidden_size] if num_heads is None else num_heads,
+        num_heads=num_heads,
         num_classes=shape("y_embedder.embedding_table.weight")[0] - 1,
         learn_sigma=out == 2 * channels,
         bottleneck=bottleneck,

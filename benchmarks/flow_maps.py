@@ -29,11 +29,11 @@ PATH, STEPS = paths.Linear(), 20
 class Config(harness.Config):
     """Measures flow maps; prints one JSON line per number."""
 
-    model: str = "DiT-S/8"
+    model: str = "DiT-S/4"
     """The transformer, DiT-{S,B,L,XL}/{2,4,8}."""
     depth: int | None = None
     """Blocks in place of the model's, for a quick trial."""
-    batch: int = 8
+    batch: int = 16
     """Images at once."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Precision of the computation."""

@@ -92,7 +92,7 @@ def draw(files, seed):
         model = train_step.network(*named, learn_sigma=True)
         shapes = jax.eval_shape(model.init, jax.random.key(0), *train_step.arguments((1, *train_step.SHAPE)))
         params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
-        tensors = pretrained.sit_tensors(model, params, train_step.SHAPE)
+        tensors = pretrained.sit_tensors(params, model, train_step.SHAPE)
         if path.suffix == ".pt":
             torch = importlib.import_module("torch")
             torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, path)

@@ -654,7 +654,8 @@ def plot_images(config, data, drawn):
     y = np.repeat(np.arange(rows), 4)
     blocks = {f"{name.replace('_', ' ')}, {count}": sampler(y) for (name, count), sampler in drawn.items()}
     if data.shape[-1] in (1, 3):
-        shown = {name: x.reshape(rows, 4, *data.shape) for name, x in blocks.items()}
+        # Names that are wider than their columns would run into each other.
+        shown = {name.replace(" ", "\n"): x.reshape(rows, 4, *data.shape) for name, x in blocks.items()}
         plots.samples(shown, data.names[:rows], columns=4).savefig(config.folder / "samples.png")
     else:
         np.savez(config.folder / "samples.npz", labels=y, **blocks)

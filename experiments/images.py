@@ -462,7 +462,7 @@ def export(config, data, model, params, decode, mesh):
     params = jax.device_get(params)
     params = dit.unstack(params) if config.network.scan else params
     pretrained.write(
-        config.export / "network.safetensors", pretrained.sit_tensors(model, params, data.shape), pretrained.sit_metadata(model)
+        config.export / "network.safetensors", pretrained.sit_tensors(params, model, data.shape), pretrained.sit_metadata(model)
     )
     if held_out.shape[-1] in (1, 3):
         np.savez(config.export / "held_out.npz", arr_0=bytes_of(held_out))

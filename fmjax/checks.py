@@ -3,6 +3,7 @@
 What is known is checked now, also inside `jax.jit`; what is traced is checked in shape and dtype.
 """
 
+import inspect
 from collections.abc import Callable
 
 import chex
@@ -98,16 +99,37 @@ def setting(owner, name, meaning, *, above=False) -> None:
         object.__setattr__(owner, name, value.item())
 
 
+def takes(function, arguments) -> bool:
+    """Whether a function can be called with so many arguments."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        # Some callables, such as NumPy's, do not say what they take.
+        return True
+    return True
+
+
 def function(name, value, wanted) -> None:
-    """Raises unless value can be called."""
+    """Raises unless value can be called, with as many arguments as a lambda expression that is wanted."""
     if not callable(value):
         # A tree of parameters is long.
         given = repr(value) if value is None or isinstance(value, str | int | float | type) else f"a {type(value).__name__}"
         raise TypeError(f"{name} is {given}, but it is a function, such as {wanted}.")
+    if wanted.startswith("lambda ") and not takes(value, (arguments := wanted[7:].partition(":")[0]).split(",")):
+        raise TypeError(
+            f"{name} is a function of {inspect.signature(value)}, but it is called with ({arguments}), as in {wanted}: give it those "
+            "arguments, in this order."
+        )
 
 
 FIELD = "lambda x, t: model.apply(params, x, t)"
 """What a field may be."""
+MAP = "lambda x, s, t: x + (t - s) * model.apply(params, x, s, end=t)"
+"""What a flow map may be."""
 
 
 def whole(name, value, meaning, least=1) -> None:

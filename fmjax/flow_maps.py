@@ -116,7 +116,7 @@ def mean_velocity(flow_map) -> FlowMap:
     Raises:
       TypeError: if it is no function.
     """
-    flow_map = _checked("flow_map", flow_map, "flow_maps.flow_map(mean_velocity)")
+    flow_map = _checked("flow_map", flow_map, checks.MAP)
 
     def mean(x, s, t):
         s, t = _wide(s), _wide(t)
@@ -258,8 +258,11 @@ def mean_flow(mean_velocity, path, x_0, x_1, s, t, *, tangent=None, target=None,
     mean_velocity = _checked("mean_velocity", mean_velocity)
     s, t = _interval(s, t, x_1)
     x, u = paths.flow(path, x_0, x_1, s)
-    u = u if target is None else _checked("target", lambda x, s: target(x, s, u))(x, s)
-    along = u if tangent is None else _checked("tangent", tangent, "flow_maps.velocity(mean_velocity)")(x, s)
+    if target is not None:
+        checks.function("target", target, "lambda x, s, u: u")
+        of_pair = u
+        u = _checked("target", lambda x, s: target(x, s, of_pair), checks.FIELD)(x, s)
+    along = u if tangent is None else _checked("tangent", tangent, checks.FIELD)(x, s)
     return _eulerian(mean_velocity, x, s, t, u, along, weight, mask)
 
 

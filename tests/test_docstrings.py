@@ -288,7 +288,7 @@ def with_latents(folder):
 def with_network(folder):
     network = dit.DiT(patch_size=2, hidden_size=384, depth=1, num_heads=6, num_classes=1000)
     params, x_0 = network.init(KEY, jnp.ones((2, 4, 4, 4)), 0.5, jnp.zeros(2, int)), jnp.ones((2, 4, 4, 4))
-    pretrained.write(folder / "SiT-XL-2-256x256.pt", pretrained.sit_tensors(network, params, (4, 4, 4)))
+    pretrained.write(folder / "SiT-XL-2-256x256.pt", pretrained.sit_tensors(params, network, (4, 4, 4)))
     names = {"pretrained": pretrained, "guidance": guidance, "sampling": sampling, "times": times}
     return names | {"x_0": x_0, "y": jnp.array([207, 360])}
 

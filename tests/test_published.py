@@ -304,14 +304,14 @@ def test_networks_of_ours_are_written_as_sit_and_read_again(tmp_path):
     rng = np.random.default_rng(0)
     leaves = {path: rng.standard_normal(leaf.shape, dtype=np.float32) for path, leaf in shapes.items()}
     params = {"params": layouts.traverse_util.unflatten_dict(leaves)}
-    pretrained.write(tmp_path / "network.safetensors", pretrained.sit_tensors(model, params, (4, 4, 4)))
+    pretrained.write(tmp_path / "network.safetensors", pretrained.sit_tensors(params, model, (4, 4, 4)))
     network = pretrained.sit(pretrained.read(tmp_path / "network.safetensors"), num_heads=2, time_scale=1000.0)
     assert (network.size, network.model) == ((4, 4, 4), model)
     jax.tree.map(np.testing.assert_array_equal, network.params, params)
     with pytest.raises(ValueError, match="The parameters are not those of the network that the file's table is of"):
-        pretrained.sit_tensors(model.clone(depth=1), params, (4, 4, 4))
+        pretrained.sit_tensors(params, model.clone(depth=1), (4, 4, 4))
     # Heads are in no tensor, and a wrong number would look right: the file says them.
-    pretrained.write(tmp_path / "said.safetensors", pretrained.sit_tensors(model, params, (4, 4, 4)), pretrained.sit_metadata(model))
+    pretrained.write(tmp_path / "said.safetensors", pretrained.sit_tensors(params, model, (4, 4, 4)), pretrained.sit_metadata(model))
     said = pretrained.read(tmp_path / "said.safetensors")
     assert pretrained.sit(said).model == model
     with pytest.raises(ValueError, match="num_heads is 4, but the file says that its network has 2"):
@@ -362,8 +362,11 @@ def test_networks_without_a_variance_say_so():
 def test_another_number_of_channels_is_named():
     wide = types.SimpleNamespace(apply=lambda params, x, t: jnp.zeros((*x.shape[:-1], 5)))
     network = pretrained.Published({}, paths.Linear(), wide, targets.velocity, transformers.given_time, (8, 8, 4))
-    with pytest.raises(ValueError, match=r"The network gives 5 channels for x of 3: it is of examples of shape \(8, 8, 4\)"):
-        network.velocity(settings.drawn(2, 8, 8, 3), 0.5)
+    with pytest.raises(ValueError, match=r"The network gives 5 channels for x of 4: it is of examples of shape \(8, 8, 4\)"):
+        network.velocity(settings.drawn(2, 8, 8, 4), 0.5)
+    for shape, hint in (((2, 8, 8, 3), r"\.$"), ((2, 4, 8, 8), r"; channels stand last: move them by x\.transpose"), ((8, 8, 4), r"\.$")):
+        with pytest.raises(ValueError, match=rf"x has shape \({', '.join(map(str, shape))}\), but Pub.* takes \(B, H, W, 4\){hint}"):
+            network.velocity(settings.drawn(*shape), 0.5)
 
 
 def test_adm_has_the_betas_of_its_size():

@@ -73,7 +73,7 @@ JIT = SIT.clone(
     bottleneck=4, norm=layers.RMSNorm, qk_norm=layers.RMSNorm, mlp_layer=dit.SwiGLU, rotary=True, class_tokens=2, context_start=0
 )
 TENSORS = {
-    name: pretrained.sit_tensors(model, parameters(model, IMAGES, 0.5, np.zeros(1, int)), (4, 4, 4))
+    name: pretrained.sit_tensors(parameters(model, IMAGES, 0.5, np.zeros(1, int)), model, (4, 4, 4))
     for name, model in {"dit": SIT.clone(learn_sigma=True), "sit": SIT, "jit": JIT}.items()
 }
 AUTOENCODER = autoencoder.Autoencoder(block_out_channels=(4, 4), layers_per_block=1, groups=2)
@@ -763,7 +763,7 @@ CALLS: dict[str, Call] = {
     },
     "pretrained.sit_tensors": Call(
         pretrained.sit_tensors,
-        {"model": SIT, "params": parameters(SIT, IMAGES, 0.5, np.zeros(1, int)), "size": (4, 4, 4)},
+        {"params": parameters(SIT, IMAGES, 0.5, np.zeros(1, int)), "model": SIT, "size": (4, 4, 4)},
         {"params": "params"},
         {"params": "params|parameters"},
     ),

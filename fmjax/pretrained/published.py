@@ -138,8 +138,11 @@ class Published:
     def _split(self, x, t, *y):
         if self.target is None:
             raise TypeError(f"{self} is a classifier: predict(x, t) gives its logits, and it has no velocity.")
+        channels = self.size[-1]
+        if jnp.ndim(x) != 4 or x.shape[-1] != channels:
+            hint = "; channels stand last: move them by x.transpose(0, 2, 3, 1)" if jnp.ndim(x) == 4 and x.shape[1] == channels else ""
+            raise ValueError(f"x has shape {jnp.shape(x)}, but {self} takes (B, H, W, {channels}){hint}.")
         value = self.predict(x, t, *y)
-        channels = x.shape[-1]
         if value.shape[-1] not in (channels, 2 * channels):
             raise ValueError(f"The network gives {value.shape[-1]} channels for x of {channels}: it is of examples of shape {self.size}.")
         value, rest = value[..., :channels], value[..., channels:]

@@ -147,12 +147,12 @@ def jit(tensors, *, noise_scale=1.0, num_heads=None, context_start=None) -> Publ
     return _published(tensors, model, path=path, target=targets.data, time=given_time, least=0.05)
 
 
-def sit_tensors(model, params, size) -> dict[str, np.ndarray]:
+def sit_tensors(params, model, size) -> dict[str, np.ndarray]:
     """The tensors of a `DiT`'s parameters under the names of DiT's, SiT's and JiT's code, which loads them.
 
     Args:
-      model: a `models.dit.DiT` with labels, without `scan`.
-      params: its parameters, {"params": ...}.
+      params: {"params": ...}.
+      model: the `models.dit.DiT` that they are of, with labels, without `scan`.
       size: of its examples, (H, W, C), for the table of positions that is in those files.
     Returns:
       Arrays by name, for `write`.

@@ -26,26 +26,12 @@ def check_step(step, arguments, last=None) -> None:
         example, made, other = _EXAMPLES[arguments]
         if not callable(called):
             raise TypeError(f"{name} is {each!r}, but it is a function {wanted}, such as sampling.{example}.")
-        if not takes(called, wants):
+        if not checks.takes(called, wants):
             named = getattr(called, "__name__", type(called).__name__)
             raise TypeError(
                 f"{name} is {named}{inspect.signature(called)}, but a step here is {wanted}, such as sampling.{example}: a function that "
                 f"makes a step is called first, as in step={made}; {other}."
             )
-
-
-def takes(function, arguments) -> bool:
-    """Whether a function can be called with so many arguments."""
-    if not callable(function):
-        return False
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    except ValueError:
-        # Some callables, such as NumPy's, do not say what they take.
-        return True
-    return True
 
 
 def _with_state(arguments):

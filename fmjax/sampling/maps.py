@@ -10,9 +10,6 @@ from fmjax import checks, paths, states
 from fmjax.sampling.scan import follow
 from fmjax.sampling.steps import noise
 
-MAP = "lambda x, s, t: x + (t - s) * model.apply(params, x, s, end=t)"
-"""What a flow map may be."""
-
 
 def sample_map(flow_map, x_0, times, *, save=None) -> tuple[chex.ArrayDevice, object]:
     """Follows a flow map along a grid: one evaluation for each interval, however long.
@@ -32,7 +29,7 @@ def sample_map(flow_map, x_0, times, *, save=None) -> tuple[chex.ArrayDevice, ob
       TypeError: if x_0 is not of floats, or the map is no function.
       ValueError: if the grid does not increase, or the map's output has another shape than x.
     """
-    checks.function("flow_map", flow_map, MAP)
+    checks.function("flow_map", flow_map, checks.MAP)
     if (layout := states.layout(x_0)) is not None:
         flat = lambda x, s, t: layout.flatten("The map's output", flow_map(layout.unflatten(x, like=x_0), s, t))  # noqa: E731
         x_1, saved = sample_map(flat, layout.flatten("x_0", x_0), times, save=layout.of_state(save))
@@ -61,7 +58,7 @@ def sample_map_renewed(path, flow_map, key, x_0, times) -> chex.ArrayDevice:
         than x.
     """
     checks.path(path)
-    checks.function("flow_map", flow_map, MAP)
+    checks.function("flow_map", flow_map, checks.MAP)
     x_0 = checks.batch("x_0", x_0)
     checks.key(key, len(x_0))
     times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
@@ -91,7 +88,7 @@ def reverse_map(flow_map, times) -> tuple[object, chex.ArrayDevice]:
       TypeError: if the map is no function.
       ValueError: if the grid does not increase.
     """
-    checks.function("flow_map", flow_map, MAP)
+    checks.function("flow_map", flow_map, checks.MAP)
     times = times if isinstance(times, Tracer) else np.asarray(checks.grid(times, jnp.result_type(float)))
     both = times[0] + times[-1]
     return lambda x, a, b: flow_map(x, both - a, both - b), both - times[::-1]

@@ -43,7 +43,6 @@ from fmjax.sampling.checks import (
     coefficient,
     drift_at_end,
     evaluated_at_end,
-    takes,
 )
 from fmjax.sampling.reparametrisation import (
     NODES,
@@ -286,7 +285,7 @@ def churn(make_step=path_heun) -> DiffusionStep:
     Raises:
       TypeError: if `make_step` is not a function of the path alone.
     """
-    if not takes(make_step, ("path",)):
+    if not checks.takes(make_step, ("path",)):
         given = getattr(make_step, "__name__", repr(make_step))
         raise TypeError(f"make_step is {given}, but it is a function of the path that makes a step of the flow: lambda path: {given}.")
 

@@ -170,7 +170,8 @@ def make_step(loss_fn, optimizer, *, ema_decay: Any = 0.999, axis_name=None, acc
                 f"ema_decay is {decay!r}, but it must be in [0, 1), a function of the step, or a tuple of these: 0 keeps no EMA, "
                 "0.999 is common."
             )
-    checks.function("loss_fn", loss_fn, "lambda params, key, batch: losses.flow_matching(...).mean()")
+    # How many arguments it takes depends on the state.
+    checks.function("loss_fn", loss_fn, "loss_fn = lambda params, key, batch: losses.flow_matching(...).mean()")
     _check_optimizer(optimizer)
     checks.whole("accumulate", accumulate, "the number of parts of a batch, of which 1 takes it at once")
 

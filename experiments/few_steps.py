@@ -175,7 +175,7 @@ def follow(objective, m, key, x_0, evaluations):
 
 def solve(field, x_0, steps):
     """Samples of a field."""
-    return sampling.sample_ode(field, x_0, times.uniform_grid(steps), step=sampling.unipc(PATH, 2))[0]
+    return sampling.sample_ode(field, x_0, times.uniform_grid(steps), step=sampling.unipc(PATH, min(2, steps)))[0]
 
 
 # Points: five seeds are one program.
@@ -516,6 +516,8 @@ def open_data(config):
 
 def images_main(config):
     require_flow(config, config.objectives)
+    if config.guidance != 1 and any(count % 2 for count in config.flow_evaluations):
+        sys.exit(f"--flow-evaluations has odd numbers, but a step of the flow at guidance {config.guidance:g} is two: give even ones.")
     data = open_data(config)
     # Attention of cuDNN has no derivative forwards, which most objectives take.
     network = dit.DiT(
@@ -610,7 +612,7 @@ def draw_images(config, network, objective, count, params, key, x_0, y):
     if config.guidance == 1:
         return solve(lambda x, t: field_y(x, t, y), x_0, count)
     # The null label is another evaluation.
-    return solve(guidance.classifier_free(field_y, y, null, config.guidance), x_0, max(1, count // 2))
+    return solve(guidance.classifier_free(field_y, y, null, config.guidance), x_0, count // 2)
 
 
 def sample_images(config, data, network, objective, count, params, y):

@@ -63,7 +63,9 @@ def test_objectives_are_least_at_the_exact_map(optimized, x64):
 
 def test_objectives_on_digits(tmp_path):
     names = ("flow", "improved_mean_flow", "consistency_training", "lagrangian")
-    config = images(tmp_path / "run", objectives=names, mix=0.5, results=tmp_path / "results.json")
+    config = images(tmp_path / "run", objectives=names, mix=0.5, flow_evaluations=(2, 4), results=tmp_path / "results.json")
+    with pytest.raises(SystemExit, match=r"--flow-evaluations has odd numbers, but a step of the flow at guidance 1.1 is two"):
+        few_steps.main(dataclasses.replace(config, flow_evaluations=(1, 2)))
     few_steps.main(config)
     report = json.loads((config.folder / "metrics.json").read_text())
     assert json.loads(config.results.read_text())["run"].items() >= report.items()

@@ -98,7 +98,7 @@ class Dino:
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """The Frechet distance, KID, precision and recall of pixels themselves, for small images."""
+    """The Frechet distance, KID, precision and recall of pixels themselves, from 0 to 1, for small images."""
 
     def load(self):
         extract = lambda images: {"features": images.reshape(len(images), -1) / 255}  # noqa: E731
@@ -137,7 +137,7 @@ class Images:
     """Images of a folder or of an .npz, in batches of uint8."""
 
     def __init__(self, path, config, count=None):
-        self.path, self.config, self.array, self.files = path, config, None, []
+        self.path, self.config, self.array, self.files, self.shapes = path, config, None, [], set()
         if path.is_dir():
             self.files = images.files(path)
         elif "arr_0" in (held := stored(path)):
@@ -163,9 +163,9 @@ class Images:
         found = [images.read(file, self.config.channels) for file in files]
         if self.config.size is not None:
             found = [resize.adm_center_crop(image, self.config.size) for image in found]
-        shapes = {image.shape for image in found}
-        if len(shapes) > 1:
-            sizes = " and ".join(map(str, sorted(shapes)))
+        self.shapes |= {image.shape for image in found}
+        if len(self.shapes) > 1:
+            sizes = " and ".join(map(str, sorted(self.shapes)))
             raise ValueError(f"{self.path} has images of {sizes}, but metrics are of one size: give --size.")
         return np.stack(found)
 
@@ -174,8 +174,15 @@ def main(config: Config):
     for name in ("batch", "count", "size"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise SystemExit(f"--{name} is {getattr(config, name)}: give at least 1.")
+    if config.channels not in (1, 3):
+        raise SystemExit(f"--channels is {config.channels}: give 3 for RGB, or 1 for grey.")
     if config.save is not None and (config.save.suffix != ".npz" or config.save.is_dir()):
         raise SystemExit(f"--save is {config.save}: give the name of an .npz file, which --reference reads.")
+    given = {config.images.resolve(), *([] if config.reference is None else [config.reference.resolve()])}
+    if config.save is not None and config.save.resolve() in given:
+        raise SystemExit(f"--save is {config.save}, which is read: give another name.")
+    if config.results is not None and config.results.is_dir():
+        raise SystemExit(f"--results is {config.results}, a folder: give the name of a JSON file.")
     if config.reference is None and config.save is None and not isinstance(config.features, Inception):
         raise SystemExit("Without --reference there is only the Inception score: give --reference, --save or features:inception.")
     with run_folder.claim(config, trains=False):
@@ -190,15 +197,15 @@ def compare(config, network):
     reference = config.reference
     with run_folder.explained("The images"):
         given = Images(config.images, config, config.count)
+        sizes = dimensions(network, given.some(0, 1))
     # What is wrong with the reference is said before hours of features.
     with run_folder.explained("--reference"):
         references = {} if reference is None else statistics(reference)
         images_too = reference is not None and (not references or (config.neighbours and "arr_0" in stored(reference)))
         others = Images(reference, config) if images_too else None
-        sizes = dimensions(network, given.some(0, 1))
         require_alike(reference, references, sizes)
         if others is not None and dimensions(network, others.some(0, 1)) != sizes:
-            raise ValueError(f"{reference} has images of another size than {config.images}: give --size.")
+            raise ValueError(f"{reference} has images of another size than {config.images}: give --size, which images of folders get.")
     if config.save is not None:
         with run_folder.explained("--save"):
             config.save.parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +216,12 @@ def compare(config, network):
             f"There are {fewest} images on one side, but precision and recall compare each with its {NEAREST} nearest others: give more, "
             "or --no-neighbours."
         )
+    if reference is not None and fewest < 2:
+        raise SystemExit("There is one image on one side, but a covariance is of two at least: give more.")
     if reference is not None and fewest < sizes["features"]:
-        print(f"{fewest} images are fewer than their {sizes['features']} features: compare {network.distance} only with that of as many.")
+        print(
+            f"The {network.distance} of {fewest} images, fewer than the {sizes['features']} features of each, is above that of more images."
+        )
     with run_folder.explained("The images"):
         logits = ["logits"] if isinstance(config.features, Inception) else []
         means, kept = collect(given, network, [*near, *logits])

@@ -214,7 +214,7 @@ class Points:
     flow_evaluations: tuple[int, ...] = (4, 10, 50)
     """Evaluations for a sample by the flow."""
     samples: int = 2000
-    """Samples that are measured."""
+    """Samples whose exact W_2 to as many fresh points is measured."""
     results: Path | None = None
     """JSON file that gets the metrics beside those of other runs."""
 
@@ -261,7 +261,7 @@ def points_main(config):
                     x = drawn[objective, count] = np.asarray(sample_points(network, objective, count, params[objective], keys, x_0))
                     if (of := f"{cell}, {count}") not in kept:
                         keep(of, {"W2": [scale * distance(*pair) for pair in zip(x, (each[0] for each in fresh), strict=True)]})
-                        print(f"{cell} in {count} evaluations: W2 {np.mean(kept[of]['W2']):.3f}", flush=True)
+                        print(f"{cell} in {count} evaluations: W2 to data {np.mean(kept[of]['W2']):.3f}", flush=True)
             plot_points(config, name, drawn)
         report = points_report(config, kept)
         if config.results is not None:
@@ -273,7 +273,8 @@ def require_flow(config, objectives):
     """Stops where a distillation has no field."""
     wanting = [name for name in objectives if name in DISTILLED and "flow" not in objectives[: objectives.index(name)]]
     if wanting and getattr(config, "init", None) is None:
-        sys.exit(f"--objectives has {' and '.join(wanting)}, which distil a trained field: put flow before, or give --init for images.")
+        other = ", or give --init" if isinstance(config, Images) else ""
+        sys.exit(f"--objectives has {' and '.join(wanting)}, which distil a trained field: put flow before{other}.")
 
 
 def learn_points(config, network, draw, cell, objective, keys, flow_params):
@@ -351,13 +352,16 @@ def points_report(config, kept):
             if cell.startswith(f"{name}, ") and "W2" in found:
                 what = cell if cell.endswith("data to data") else "{}, {} in {} evaluations".format(*cell.split(", "))
                 report[f"{what}: W2, mean"] = mean[cell] = float(np.mean(found["W2"]))
-                report[f"{what}: W2, standard deviation"] = float(np.std(found["W2"]))
+                if config.seeds > 1:
+                    report[f"{what}: W2, standard deviation"] = float(np.std(found["W2"]))
             elif cell.startswith(f"{name}, "):
                 report[f"{cell}: seconds of training"] = found["seconds"]
         once = {each: mean[f"{name}, {each}, 1"] for each in config.objectives if f"{name}, {each}, 1" in mean}
         if once and (most := mean.get(f"{name}, flow, {max(config.flow_evaluations)}")):
             best = min(once, key=once.__getitem__)
-            report[f"{name}: {best} in one evaluation, over the flow in {max(config.flow_evaluations)}"] = once[best] / most
+            report[f"{name}: W2 of the best in one evaluation, {best}, over that of the flow in {max(config.flow_evaluations)}"] = (
+                once[best] / most
+            )
     return report
 
 
@@ -665,15 +669,15 @@ def plot_images(config, data, drawn):
 
 PRESETS: dict[str, tuple[str, Points | Images]] = {
     "points": (
-        "Moons, a checkerboard and eight Gaussians, all objectives, five seeds; under 60 minutes on two CPU cores, not timed yet.",
+        "Moons, a checkerboard and eight Gaussians, all objectives, five seeds; half an hour on two CPU cores.",
         Points(),
     ),
     "digits": (
-        "Handwritten digits, the demo's transformer; under 60 minutes on two CPU cores, not timed yet.",
+        "Handwritten digits, the demo's transformer; half an hour on two CPU cores.",
         Images(Path("runs/few_steps/digits")),
     ),
     "fashion": (
-        "Fashion-MNIST, a small transformer; under 60 minutes on two CPU cores, not timed yet.",
+        "Fashion-MNIST, a small transformer; under an hour on two CPU cores.",
         Images(
             Path("runs/few_steps/fashion"),
             "fashion-mnist",

@@ -142,6 +142,8 @@ def like(name, value, x) -> None:
     """Raises unless value is an array of the shape of x."""
     if not hasattr(value, "shape") and not isinstance(value, int | float):
         raise TypeError(f"{name} is of {type(value)}, but must be one array like x, {jnp.shape(x)}: take the part that is.")
+    if jnp.iscomplexobj(value) and not jnp.iscomplexobj(x):
+        raise TypeError(f"{name} is complex, but states are real: take the part that is meant.")
     if jnp.shape(value) != jnp.shape(x):
         raise ValueError(
             f"{name} has shape {jnp.shape(value)}, but must be like x, {jnp.shape(x)}: arrays are batch first and never broadcast."
@@ -163,31 +165,35 @@ _ROUNDING = 1e-4
 """How far sums of steps may end from 0 or 1."""
 
 
-def on_path(t) -> chex.Numeric:
-    """Raises unless times of a path are in [0, 1], up to rounding, wherever they are known; returns them."""
-    _of_floats(t)
-    if not isinstance(t, Tracer) and not ((np.asarray(t) >= -_ROUNDING) & (np.asarray(t) <= 1 + _ROUNDING)).all():
+def on_path(t, name="t") -> chex.Numeric:
+    """Raises unless times of a path are in [0, 1], up to rounding, wherever they are known; returns them, held to it there."""
+    _of_floats(t, name)
+    if isinstance(t, Tracer):
+        return t
+    if not ((np.asarray(t) >= -_ROUNDING) & (np.asarray(t) <= 1 + _ROUNDING)).all():
         if np.size(t) == 1:
-            raise ValueError(f"t is {t}, but times go from 0, noise, to 1, data: divide the numbers of steps by how many there are.")
+            raise ValueError(f"{name} is {t}, but times go from 0, noise, to 1, data: divide the numbers of steps by how many there are.")
         raise ValueError(
-            f"t has shape {np.shape(t)} and numbers from {np.min(t)} to {np.max(t)}, but times go from 0, noise, to 1, data, one for all "
-            "or one per example: divide the numbers of steps by how many there are, and a field is a function (x, t), in this order."
+            f"{name} has shape {np.shape(t)} and numbers from {np.min(t)} to {np.max(t)}, but times go from 0, noise, to 1, data, one for "
+            "all or one per example: divide the numbers of steps by how many there are, and a field is a function (x, t), in this order."
         )
-    return t
+    # Beyond its ends a path may have no numbers.
+    within = ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all()
+    return t if within else np.clip(np.asarray(t), 0, 1)
 
 
-def _of_floats(t):
+def _of_floats(t, name="t"):
     dtype = t.dtype if hasattr(t, "dtype") else np.asarray(t).dtype
     if not isinstance(t, int | float) and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"t has dtype {dtype}, but times are floats with 0 noise and 1 data, not step numbers.")
+        raise TypeError(f"{name} has dtype {dtype}, but times are floats with 0 noise and 1 data, not step numbers.")
 
 
-def times(t, x) -> chex.ArrayDevice:
+def times(t, x, name="t") -> chex.ArrayDevice:
     """t as floats of at least 32 bits, () or (B,)."""
-    _of_floats(t)
+    _of_floats(t, name)
     t = jnp.asarray(t, jnp.result_type(x.dtype, jnp.float32))
     if t.ndim and t.shape != x.shape[:1]:
-        raise ValueError(f"t has shape {t.shape}, but it must be () or one time per example, {x.shape[:1]}, for x of shape {x.shape}.")
+        raise ValueError(f"{name} has shape {t.shape}, but it must be () or one time per example, {x.shape[:1]}, for x of shape {x.shape}.")
     return t
 
 
@@ -200,6 +206,30 @@ def weight(weight, t) -> None:
             f"The guidance's weight is infinite at t = {np.asarray(t)}, where it meets a gradient of 0: let the grid start later, as "
             "times.uniform_grid(n, start=1e-3) does, or guide in `interval`."
         )
+
+
+def null(null, y) -> chex.ArrayDevice:
+    """The null as conditions like y, whose dtype must hold it: cast, 256 is class 0 in uint8, and 0.7 in any integer."""
+    given = jnp.asarray(null) if isinstance(null, Tracer) else np.asarray(null)
+    real = given.dtype == bool or jnp.issubdtype(given.dtype, jnp.integer) or jnp.issubdtype(given.dtype, jnp.floating)
+    if not real or (given.dtype == bool) != (y.dtype == bool):
+        raise TypeError(
+            f"null is {null!r}, but y has dtype {y.dtype}: it is the condition that stands for none, a label such as the number of "
+            "classes, or an array like one example's y."
+        )
+    if given.shape not in ((), y.shape[1:], y.shape):
+        raise ValueError(f"null has shape {given.shape}, but it is one condition, {y.shape[1:]}, or one per example, {y.shape}.")
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        if not jnp.issubdtype(given.dtype, jnp.integer):
+            raise TypeError(f"null is {null!r}, but y has dtype {y.dtype}: a label for no class is a whole number too.")
+        if not isinstance(given, Tracer):
+            held = jnp.iinfo(y.dtype)
+            if given.size and (given.min() < held.min or given.max() > held.max):
+                raise ValueError(f"null is {null}, but y has dtype {y.dtype}, which cannot hold it: give y.astype(jnp.int32).")
+    # What is NaN is not given, to the modules of `models.conditions`.
+    if not isinstance(given, Tracer) and np.isinf(np.asarray(given.astype(y.dtype), np.float64)).any():
+        raise ValueError(f"null is {null}, which is not finite in y's dtype, {y.dtype}: give a condition that the network was trained on.")
+    return jnp.broadcast_to(jnp.asarray(given, y.dtype), y.shape)
 
 
 def key(key, n=None) -> None:

@@ -23,6 +23,9 @@ An objective is the squared error of one of them, one number per example; the ca
 compared with is held. All but `consistency` have their minimum at the exact map, and it in the limit of small differences.
 """
 
+import functools
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -57,9 +60,22 @@ NETWORK = "lambda x, s, t: model.apply(params, x, s, end=t)"
 """What a mean velocity may be."""
 
 
+_MAPS: weakref.WeakSet = weakref.WeakSet()
+"""The flow maps that were made here, which are no mean velocities though they look like them."""
+
+
+def _known(flow_map) -> FlowMap:
+    _MAPS.add(flow_map)
+    return flow_map
+
+
 def _checked(name, function, example=NETWORK) -> Callable:
     """A function of a state, and then of times, whose output is like the state."""
     checks.function(name, function, example)
+    if example is NETWORK and isinstance(function, types.FunctionType) and function in _MAPS:
+        raise TypeError(
+            f"{name} is a flow map, but a mean velocity is taken: give flow_maps.mean_velocity(flow_map), or the network itself."
+        )
 
     def like_x(x, *times):
         value, said, layout = function(x, *times), f"The output of {name}", states.layout(x)
@@ -101,7 +117,7 @@ def flow_map(mean_velocity) -> FlowMap:
       TypeError: if it is no function.
     """
     mean_velocity = _checked("mean_velocity", mean_velocity)
-    return lambda x, s, t: _move(x, jnp.asarray(t) - jnp.asarray(s), mean_velocity(x, s, t))
+    return _known(lambda x, s, t: _move(x, _wide(t) - _wide(s), mean_velocity(x, s, t)))
 
 
 def mean_velocity(flow_map) -> FlowMap:
@@ -120,14 +136,19 @@ def mean_velocity(flow_map) -> FlowMap:
 
     def mean(x, s, t):
         s, t = _wide(s), _wide(t)
-        end, slope = jax.jvp(lambda t: flow_map(x, s, t), (t,), (jnp.ones_like(t),))
-        apart = t != s
+        like = jax.tree.map(lambda leaf: checks.floats("x", leaf), x)
+        # In half precision the two ends of a short interval are one.
+        x = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), like)
+        end = flow_map(x, s, t)
+        # Where no interval is empty there is no derivative, which may be infinite at the end of a path.
+        known = not isinstance(s, Tracer) and not isinstance(t, Tracer) and not (np.asarray(s) == np.asarray(t)).any()
+        slope = x if known else jax.jvp(lambda t: flow_map(x, s, t), (s + 0 * t,), (jnp.ones_like(s + 0 * t),))[1]
 
-        def of(leaf, end, slope):
-            there = paths.lift(apart.astype(jnp.float32), leaf) > 0
-            return jnp.where(there, (end - leaf) / jnp.where(there, paths.lift(t - s, leaf), 1), slope).astype(leaf.dtype)
+        def of(leaf, start, end, slope):
+            dt = paths.lift(t - s, start)
+            return jnp.where(dt != 0, (end - start) / jnp.where(dt != 0, dt, 1), slope).astype(leaf.dtype)
 
-        return jax.tree.map(of, x, end, slope)
+        return jax.tree.map(of, like, x, end, slope)
 
     return mean
 
@@ -160,11 +181,13 @@ def from_velocity(field, steps=1, *, step=sampling.heun) -> FlowMap:
     Returns:
       (x, s, t) -> like x; s and t are () or (B,), in either order.
     Raises:
-      TypeError: if the field is no function.
+      TypeError: if the field is no function, or the step one that knows a path, whose times are not those of each interval.
       ValueError: if steps is not a whole number of at least 1.
     """
     checks.function("field", field, checks.FIELD)
     checks.whole("steps", steps, "how many steps there are")
+    if getattr(step, "path", None) is not None:
+        raise TypeError(f"step is {step!r}, which knows the times of a path, but intervals here have their own: take sampling.heun.")
 
     def mapped(x, s, t):
         s, t = _wide(s), _wide(t)
@@ -176,7 +199,7 @@ def from_velocity(field, steps=1, *, step=sampling.heun) -> FlowMap:
 
         return sampling.sample_ode(scaled, x, times.uniform_grid(steps), step=step)[0]
 
-    return mapped
+    return _known(mapped)
 
 
 def convert(path, network, *, source) -> FlowMap:
@@ -200,12 +223,15 @@ def convert(path, network, *, source) -> FlowMap:
     return lambda x, s, t: targets.convert(path, network(x, s, t), x, s, source=source, target=targets.velocity)
 
 
-def _interval(s, t, x) -> tuple[Any, Any]:
-    """Both times as one per example; raises where a known interval is backwards."""
-    leaf = jnp.asarray(jax.tree.leaves(x)[0])
+def _interval(s, t, x, *, forward=True) -> tuple[Any, Any]:
+    """Both times as one per example; raises where an interval that is known goes backwards and may not."""
+    states.layout(x)
+    leaf = checks.floats("x", jax.tree.leaves(x)[0])
     with jax.ensure_compile_time_eval():
-        s, t = (jnp.broadcast_to(checks.times(checks.on_path(time), leaf), leaf.shape[:1]) for time in (s, t))
-    if not isinstance(s, Tracer) and not isinstance(t, Tracer) and (np.asarray(s) > np.asarray(t)).any():
+        s, t = (
+            jnp.broadcast_to(checks.times(checks.on_path(time, name), leaf, name), leaf.shape[:1]) for name, time in (("s", s), ("t", t))
+        )
+    if forward and not isinstance(s, Tracer) and not isinstance(t, Tracer) and (np.asarray(s) > np.asarray(t)).any():
         begins, ends = np.asarray(s), np.asarray(t)
         i = int(np.argmax(begins > ends))
         raise ValueError(
@@ -278,18 +304,18 @@ def eulerian(mean_velocity, field, x, s, t, *, weight=None, mask=None) -> chex.A
       field: u, (x, t) -> like x, of the teacher.
       x: states at s, (B, ...), such as `paths.interpolate(path, x_0, x_1, s)`.
       s: where intervals begin, in [0, 1], () or (B,).
-      t: where they end, at least s.
+      t: where they end; before s for a map that goes back to noise.
       weight: of each coordinate, as for `losses.regression`.
       mask: what counts, likewise.
     Returns:
       (B,), in float32 or wider.
     Raises:
       TypeError: if an array is not of floats, or the network or the field is no function.
-      ValueError: if shapes differ, or a known s is after t.
+      ValueError: if shapes differ.
     """
     mean_velocity = _checked("mean_velocity", mean_velocity)
     field = _checked("field", field, checks.FIELD)
-    s, t = _interval(s, t, x)
+    s, t = _interval(s, t, x, forward=False)
     u = field(x, s)
     return _eulerian(mean_velocity, x, s, t, u, u, weight, mask)
 
@@ -306,18 +332,18 @@ def lagrangian(mean_velocity, field, x, s, t, *, weight=None, mask=None) -> chex
       field: u, (x, t) -> like x, of the teacher; `flow_maps.velocity(m)` beside flow matching is self-distillation.
       x: states at s, (B, ...), such as `paths.interpolate(path, x_0, x_1, s)`.
       s: where intervals begin, in [0, 1], () or (B,).
-      t: where they end, at least s.
+      t: where they end; before s for a map that goes back to noise.
       weight: of each coordinate, as for `losses.regression`.
       mask: what counts, likewise.
     Returns:
       (B,), in float32 or wider.
     Raises:
       TypeError: if an array is not of floats, or the network or the field is no function.
-      ValueError: if shapes differ, or a known s is after t.
+      ValueError: if shapes differ.
     """
     mean_velocity = _checked("mean_velocity", mean_velocity)
     field = _checked("field", field, checks.FIELD)
-    s, t = _interval(s, t, x)
+    s, t = _interval(s, t, x, forward=False)
     end, slope = jax.jvp(lambda t: _move(x, t - s, mean_velocity(x, s, t)), (t,), (jnp.ones_like(t),))
     wanted = lax.stop_gradient(field(end, t))
     return losses.regression(lambda x, t: slope, x, t, wanted, weight=weight, mask=mask)
@@ -407,6 +433,7 @@ def adaptive(loss, power=1.0, constant=1e-3) -> chex.ArrayDevice:
     Raises:
       ValueError: if the power is below 0, or the constant is not above 0.
     """
+    loss = checks.floats("loss", loss)
     checks.number("power", power, "how strongly large losses count less", least=0)
     checks.number("constant", constant, "what keeps small losses from counting without bound", least=0, above=True)
     return loss * lax.stop_gradient((loss + constant) ** -power)
@@ -421,26 +448,33 @@ def guided_target(mean_velocity_y, y, null, scale, mix=0.0) -> Callable:
 
     Args:
       mean_velocity_y: (x, s, t, y) -> like x, the network.
-      y: labels as the network gets them, some dropped, (B,).
-      null: the label of none.
+      y: labels as the network gets them, some dropped, (B,); or conditions of any kind, as for `guidance.classifier_free`.
+      null: the label of none, or the condition that stands for none.
       scale: w.
       mix: k, below 1.
     Returns:
       (x, s, u) -> like x.
     Raises:
-      ValueError: if the scale is not finite, or mix is not in [0, 1).
+      TypeError: if the network is no function, or the null no label where y are labels.
+      ValueError: if the scale is not finite, mix is not in [0, 1), or y's dtype cannot hold the null.
     """
+    checks.function("mean_velocity_y", mean_velocity_y, "lambda x, s, t, y: model.apply(params, x, s, y, end=t)")
     checks.number("scale", scale, "the guidance scale")
     checks.number("mix", mix, "the share of the network's own conditional velocity", least=0, most=0.999)
+    y = jax.tree.map(jnp.asarray, y)
+    none = jax.tree.map(checks.null, null, y)
+    network = _checked("mean_velocity_y", lambda x, s, y: mean_velocity_y(x, s, s, y), "(x, s, t, y) -> like x")
+    # What is NaN is none too, in the modules of `models.conditions`.
+    alike = jax.tree.map(lambda a, b: ((a == b) | ((a != a) & (b != b))).reshape(len(a), -1).all(1), y, none)
+    given = ~functools.reduce(jnp.logical_and, jax.tree.leaves(alike))
 
     def target(x, s, u):
-        of_none = mean_velocity_y(x, s, s, jnp.full_like(y, null))
-        own = mean_velocity_y(x, s, s, y) if mix else u
-        given = (jnp.asarray(y) != null).astype(jnp.float32)
+        of_none = network(x, s, none)
+        own = u if isinstance(mix, int | float) and not mix else network(x, s, y)
 
         def mixed(u, own, of_none):
             guided = scale * u + mix * own + (1 - scale - mix) * of_none
-            return jnp.where(paths.lift(given, u) > 0, guided, u)
+            return jnp.where(given.reshape(-1, *(1,) * (u.ndim - 1)), guided, u)
 
         return lax.stop_gradient(jax.tree.map(mixed, u, own, of_none))
 
@@ -469,7 +503,9 @@ def draw_interval(key, n, *, equal=0.75, draw=times.uniform) -> tuple[chex.Array
     checks.number("equal", equal, "the share of intervals of length 0", least=0, most=1)
     checks.function("draw", draw, "times.uniform")
     key_a, key_b = jax.random.split(key)
-    a, b = draw(key_a, n), draw(key_b, n)
+    a, b = (jnp.asarray(checks.on_path(draw(key, n), "What draw gave")) for key in (key_a, key_b))
+    if a.shape != (n,) or b.shape != (n,):
+        raise ValueError(f"draw gave times of shape {a.shape}, but it is asked for {n} of them, of shape {(n,)}.")
     s, t = jnp.minimum(a, b), jnp.maximum(a, b)
     # Draws are independent, so the first ones are any.
     alike = jnp.arange(n) < round(equal * n)

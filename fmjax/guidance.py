@@ -251,31 +251,7 @@ def _nulls(null, y):
         if jax.tree.structure(null) != layout.structure:
             raise ValueError(f"null is {null!r}, but y is the pytree {layout}: give a null for each of its leaves.")
         return jax.tree.map(_nulls, null, y)
-    return jnp.broadcast_to(_null_like(null, y), y.shape)
-
-
-def _null_like(null, y):
-    """The null in y's dtype, which must hold it: cast, 256 is class 0 in uint8, and 0.7 in any integer."""
-    given = jnp.asarray(null) if isinstance(null, Tracer) else np.asarray(null)
-    real = given.dtype == bool or jnp.issubdtype(given.dtype, jnp.integer) or jnp.issubdtype(given.dtype, jnp.floating)
-    if not real or (given.dtype == bool) != (y.dtype == bool):
-        raise TypeError(
-            f"null is {null!r}, but y has dtype {y.dtype}: it is the condition that stands for none, a label such as the number of "
-            "classes, or an array like one example's y."
-        )
-    if given.shape not in ((), y.shape[1:], y.shape):
-        raise ValueError(f"null has shape {given.shape}, but it is one condition, {y.shape[1:]}, or one per example, {y.shape}.")
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        if not jnp.issubdtype(given.dtype, jnp.integer):
-            raise TypeError(f"null is {null!r}, but y has dtype {y.dtype}: a label for no class is a whole number too.")
-        if not isinstance(given, Tracer):
-            held = jnp.iinfo(y.dtype)
-            if given.size and (given.min() < held.min or given.max() > held.max):
-                raise ValueError(f"null is {null}, but y has dtype {y.dtype}, which cannot hold it: give y.astype(jnp.int32).")
-    # What is NaN is not given, to the modules of `models.conditions`.
-    if not isinstance(given, Tracer) and np.isinf(np.asarray(given.astype(y.dtype), np.float64)).any():
-        raise ValueError(f"null is {null}, which is not finite in y's dtype, {y.dtype}: give a condition that the network was trained on.")
-    return jnp.asarray(given, y.dtype)
+    return checks.null(null, y)
 
 
 def classifier_free(field_y, y, null, scale, *, combine=extrapolate) -> Field:
@@ -464,9 +440,9 @@ def drop_labels(key, y, null, rate) -> chex.ArrayDevice:
     examples = states.example_shape(y)
     drop = jax.random.bernoulli(key, rate, examples)
 
-    def dropped(nulls, y):
+    def dropped(none, y):
         if y.shape[:1] != examples:
             raise ValueError(f"y has leaves of {examples[0]} and of {y.shape[0]} conditions, but each is of one per example.")
-        return jnp.where(drop.reshape(-1, *(1,) * (y.ndim - 1)), nulls, y)
+        return jnp.where(drop.reshape(-1, *(1,) * (y.ndim - 1)), none, y)
 
     return jax.tree.map(dropped, _nulls(null, y), y)

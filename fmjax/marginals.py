@@ -393,14 +393,21 @@ def _transport(x, same, log_weights, centers, widths, new_centers, new_widths):
     # All components together carry x to a point between those of each.
     alone = _alone(x, centers, widths, new_centers, new_widths)
 
-    def halve(_, ends):
+    # To the last digit, of a number or of the narrowest component; a component that is narrow at s sends x far away, alone.
+    digits = jnp.finfo(x.dtype).eps / 2
+
+    def apart(ends):
+        low, high = ends
+        middle, fine = low + (high - low) / 2, digits * jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)), new_widths.min(-1) / 4)
+        return (~same & (high - low > fine) & (low < middle) & (middle < high)).any()
+
+    def halve(ends):
         low, high = ends
         middle = low + (high - low) / 2
         short = _excess(middle, x, log_weights, centers, widths, new_centers, new_widths) < 0
         return jnp.where(short, middle, low), jnp.where(short, high, middle)
 
-    # To the last digit, and ten halvings more, since the ends may be far apart around a small number.
-    low, high = lax.fori_loop(0, jnp.finfo(x.dtype).nmant + 10, halve, (alone.min(-1), alone.max(-1)))
+    low, high = lax.while_loop(apart, halve, (alone.min(-1), alone.max(-1)))
     return jnp.where(same, x, low + (high - low) / 2)
 
 
@@ -415,7 +422,7 @@ def _transport_jvp(primals, tangents):
     log_weights, centers, widths, new_centers, new_widths = laws
     log_weights, centers, widths, new_centers, new_widths = laws
     eps, points, apart = jnp.finfo(y.dtype).eps, new_widths == 0, y[..., None] - new_centers
-    at = points & (jnp.abs(apart) <= 8 * eps * jnp.abs(new_centers).max(-1, keepdims=True))
+    at = points & (log_weights > -jnp.inf)[None, None] & (jnp.abs(apart) <= 8 * eps * jnp.abs(new_centers))
     found, weights = at.any(-1), jnp.exp(log_weights)[None, None]
     # In time it moves with its component, and with that share of its noise which lies below x.
     below = jnp.where(points, apart > 0, ndtr(apart / jnp.where(points, 1, new_widths)))
@@ -438,7 +445,7 @@ def _check_start(path, parts, s):
     """Raises where a map would start from points without noise, at a time whose value is known."""
     try:
         with jax.ensure_compile_time_eval():
-            ended = np.any(np.asarray(path.beta(np.asarray(s, np.float32))) == 0)
+            ended = np.any(np.asarray(path.beta(np.asarray(s, jnp.result_type(float)))) == 0)
             points = any(np.any(np.asarray(_flat(part).scales) == 0) for part in parts)
     except (jax.errors.JAXTypeError, TypeError):
         # A path or data of numbers that are not known.
@@ -459,8 +466,9 @@ def _carry(mixture, x, same, alpha, beta, new_alpha, new_beta):
         alpha, beta = alpha[..., None], beta[..., None]
         # The root has no derivative at 0, where the width of a point is that of its noise.
         points = scales == 0
-        variance = jnp.where(points, 1, alpha**2 * scales**2 + beta**2)
-        return alpha * means, jnp.where(points, beta, jnp.sqrt(variance))
+        # Squares of small scales are 0.
+        width = jnp.hypot(jnp.where(points, 1, alpha * scales), jnp.where(points, 0, beta))
+        return alpha * means, jnp.where(points, beta, width)
 
     (centers, widths), new_law = law(alpha, beta), law(new_alpha, new_beta)
     if len(log_weights) == 1:
@@ -521,7 +529,7 @@ def flow_map(path, distribution) -> Callable:
         flat = x.reshape(x.shape[0], -1)
         start, end = _time_of_map("s", s, flat), _time_of_map("t", t, flat)
         if not isinstance(s, Tracer):
-            _check_start(path, parts, s)
+            _check_start(path, parts, checks.on_path(s))
         schedules = [jnp.asarray(value, end.dtype) for value in (path.alpha(start), path.beta(start), path.alpha(end), path.beta(end))]
         columns = [jnp.broadcast_to(each, flat.shape) for each in (flat.astype(end.dtype), start == end, *schedules)]
         blocks = zip(*(jnp.split(each, np.cumsum(sizes)[:-1], axis=1) for each in columns), strict=True)

@@ -146,6 +146,8 @@ class ScaledNoise:
         # Where JAX rebuilds a pytree it is anything else.
         if isinstance(self.path, type | int | float | complex | str | dict | list | tuple | np.ndarray | jax.Array | None):
             checks.path(self.path)
+        if isinstance(self.path, Joint):
+            raise TypeError("path is joint, of several leaves: scale the noise of each, paths.joint(ScaledNoise(path, scale), x_1).")
         checks.setting(self, "scale", "what the noise is multiplied with", above=True)
 
     def alpha(self, t) -> chex.ArrayDevice:

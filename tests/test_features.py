@@ -398,6 +398,28 @@ def test_subsets_that_cannot_be_drawn(changes, error, said):
         metrics.kernel_distance(**{"key": KEY, "x": draw(0, 5, 2), "y": draw(1, 7, 2), "subset_size": 3, **changes})
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_neighbours_on_the_edge_of_a_ball_are_in_it(seed):
+    """Whole numbers have equal distances, which the products of centred vectors would tell apart."""
+    rng = np.random.default_rng(seed)
+    for real, fake in (rng.integers(0, 4, (2, 21, 3)), rng.integers(0, 2, (2, 30, 16))):
+        real, fake = real.astype(float), fake.astype(float)
+        between = lambda a, b: ((a[:, None] - b[None]) ** 2).sum(-1)
+        radii = [np.sort(between(each, each), axis=1)[:, 2] for each in (real, fake)]
+        inside = between(real, fake)
+        expected = (inside <= radii[0][:, None]).any(0).mean(), (inside <= radii[1][None]).any(1).mean()
+        assert metrics.precision_recall(real, fake, 2) == pytest.approx(expected)
+        balls = (inside <= radii[0][:, None]).sum(0).mean() / 2, (inside.min(1) <= radii[0]).mean()
+        assert metrics.density_coverage(real, fake, 2) == pytest.approx(balls)
+
+
+def test_one_far_vector_does_not_change_the_others():
+    real, fake = draw(0, 50, 3), draw(1, 50, 3)
+    found = metrics.precision_recall(real, fake)
+    real = np.concatenate([real, np.full((1, 3), 1e9)])
+    np.testing.assert_allclose(metrics.precision_recall(real, fake), (found[0], found[1] * 50 / 51))
+
+
 def test_neighbours_of_equal_and_of_far_sets():
     x, y = draw(0, 30, 4), draw(1, 20, 4)
     assert metrics.precision_recall(x, x) == (1, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import PATHS, name
 from jax.test_util import check_grads
-from scipy.special import log_ndtr
+from scipy.special import log_ndtr, ndtr, ndtri
 
 from fmjax import betas, marginals, paths, sampling
 
@@ -274,6 +274,36 @@ def test_states_whose_squares_float32_does_not_hold(far):
         with jax.enable_x64(True):
             np.testing.assert_allclose(y, flow(jnp.asarray(x)), rtol=1e-5)
         np.testing.assert_allclose(gradient, y / x, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-10, 1e-15, 1e-18])
+def test_components_that_are_narrow_where_a_map_starts(scale):
+    """They send a state far away, each alone, and matter little: here what is left is the other's share of the mass."""
+    data = marginals.GaussianMixture(jnp.array([0.5, 0.5]), jnp.array([[0.0], [3.0]]), jnp.array([1.0, scale]))
+    expected = ndtri(0.5 * ndtr(0.7))
+    np.testing.assert_allclose(marginals.flow_map(LINEAR, data)(jnp.array([[0.7]]), 1.0, 0.0), expected, rtol=1e-5)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(marginals.flow_map(LINEAR, data)(jnp.array([[0.7]]), 1.0, 0.0), expected, rtol=1e-12)
+
+
+def test_scales_whose_squares_are_zero():
+    one = marginals.GaussianMixture(jnp.ones(1), jnp.ones((1, 1)), 1e-25)
+    np.testing.assert_allclose(marginals.flow_map(LINEAR, one)(jnp.ones((1, 1)), 1.0, 0.5), 0.5)
+
+
+def test_a_component_far_away_changes_no_digit():
+    means = jnp.array([[0.0], [1.0], [1e8]])
+    data = marginals.GaussianMixture(jnp.array([0.5, 0.5, 1e-4]), means, jnp.array([0.1, 0.1, 0.1]))
+    found = marginals.flow_map(LINEAR, data)(jnp.array([[-0.7]]), 0.0, 1.0)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(found, marginals.flow_map(LINEAR, data)(jnp.array([[-0.7]]), 0.0, 1.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", [paths.SquareRoot(), paths.VariancePreserving(), betas.linear(), paths.Polynomial(1.5)], ids=name)
+def test_times_are_held_to_the_path(path):
+    """Sums of steps end beside it by rounding, where its numbers are none."""
+    flow, x = marginals.flow_map(path, line()), jnp.array([[0.3]])
+    np.testing.assert_array_equal(flow(x, -1e-5, 1 + 1e-5), flow(x, 0.0, 1.0))
 
 
 PLANE = marginals.GaussianMixture(jnp.ones(2), jnp.eye(2), 1.0)

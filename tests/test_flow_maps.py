@@ -160,6 +160,10 @@ def test_gradients_go_through_the_prediction_alone(wide):
     share = np.where(T > S, (R - S) / np.where(T > S, T - S, 1), 0.5)[:, None]
     by_hand = (2 * (held(X, S, T) - share * first - (1 - share) * second)[..., None] * basis(X, S, T)).mean((0, 1))
     np.testing.assert_allclose(gradient(path, lambda m: flow_maps.self_consistency(m, X, S, R, T), at=0.3), by_hand, rtol=1e-9)
+    y = 0.9 * X
+    apart = flow_maps.flow_map(held)(X, S, T) - flow_maps.flow_map(held)(y, R, T)
+    by_hand = (2 * (apart * (T - S)[:, None])[..., None] * basis(X, S, T)).mean((0, 1))
+    np.testing.assert_allclose(gradient(path, lambda m: flow_maps.consistency(m, X, S, y, R, T), at=0.3), by_hand, rtol=1e-9)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
@@ -183,6 +187,10 @@ def test_other_predictions_are_converted(source):
     predicted = targets.convert_field(path, field, source=targets.velocity, target=source)
     m = flow_maps.convert(path, lambda x, s, t: predicted(x, s), source=source)
     np.testing.assert_allclose(m(jnp.asarray(X), 0.3, 0.3), field(jnp.asarray(X), 0.3), atol=1e-5)
+    # Over an interval by the coefficients of its beginning.
+    far = flow_maps.convert(path, lambda x, s, t: predicted(x, s) + t - s, source=source)
+    at = lambda value: targets.convert(path, value, jnp.asarray(X), 0.3, source=source, target=targets.velocity)
+    np.testing.assert_allclose(far(jnp.asarray(X), 0.3, 0.8), at(predicted(jnp.asarray(X), 0.3) + 0.5), atol=1e-5)
 
 
 def test_losses_are_those_of_flow_matching_where_intervals_are_empty():
@@ -246,10 +254,48 @@ def test_noise_is_renewed_between_steps_and_not_after_the_last():
     with jax.disable_jit():
         x_1 = sampling.sample_map_renewed(paths.Linear(), follow, key, x_0, grid)
     np.testing.assert_array_equal(x_1, 5)
-    np.testing.assert_allclose(asked, [(0, 0.75), (0.4, 0.75)])
+    np.testing.assert_allclose(asked[-2:], [(0, 0.75), (0.4, 0.75)])
     seen = sampling.sample_map_renewed(paths.Linear(), lambda x, s, t: x, key, x_0, grid)
     expected = 0.4 * x_0 + 0.6 * sampling.noise(jax.random.fold_in(key, 0), x_0.shape)
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    # Another noise each time.
+    seen, grid = sampling.sample_map_renewed(paths.Linear(), lambda x, s, t: x, key, x_0, [0.0, 0.4, 0.75, 1.0]), (0.4, 0.75)
+    expected = x_0
+    for i, t in enumerate(grid):
+        expected = t * expected + (1 - t) * sampling.noise(jax.random.fold_in(key, i), x_0.shape)
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+
+
+def test_both_ways_are_learnt():
+    """Distillations have their minimum at the exact map on intervals that go back to noise, too."""
+    with jax.enable_x64(True):
+        path = paths.Cosine()
+        field = marginals.velocity(path, MIXTURE)
+        for objective in (flow_maps.lagrangian, flow_maps.eulerian):
+            slopes = [gradient(path, lambda m, o=objective: o(m, field, X, T, S), at=at) for at in (0.0, 0.3)]
+            assert np.abs(slopes[0]).max() < 1e-9 < 1e-3 < np.abs(slopes[1]).max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_mean_velocities_of_half_precision_states(dtype):
+    """Of short intervals, whose ends are one number in half precision."""
+    mean = flow_maps.mean_velocity(flow_maps.from_velocity(lambda x, t: jnp.sin(x)))
+    x = jnp.array([[3.0, 1.0]], dtype)
+    for t in (0.501, 0.51, 0.9):
+        found = mean(x, 0.5, t)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found, np.float32), mean(x.astype(jnp.float32), 0.5, t), rtol=1e-2, atol=2e-3)
+
+
+def test_a_map_over_an_interval_has_derivatives_where_its_velocity_is_infinite():
+    path, data = paths.VariancePreserving(), marginals.GaussianMixture(jnp.ones(1), jnp.zeros((1, 2)), 0.5)
+    exact = marginals.flow_map(path, data)
+    x = jnp.array([[0.3, -2.0]])
+    mean = flow_maps.mean_velocity(exact)
+    np.testing.assert_allclose(mean(x, 0, 1), exact(x, 0.0, 1.0) - x, rtol=1e-6)
+    gradient_of = lambda f: jax.grad(lambda x: f(x).sum())(x)
+    np.testing.assert_allclose(gradient_of(lambda x: mean(x, 0, 1)), gradient_of(lambda x: exact(x, 0.0, 1.0)) - 1, rtol=1e-5)
+    np.testing.assert_allclose(flow_maps.flow_map(mean)(x, 0, 1), exact(x, 0.0, 1.0), rtol=1e-6)
 
 
 def test_guidance_is_learnt_into_the_map():
@@ -273,6 +319,22 @@ def test_guidance_is_learnt_into_the_map():
     mean = flow_maps.guided_target(m, y, 2, 2.0, 0.5)(x, s, velocity[0](x, s))[:2]
     guided = guidance.extrapolate(velocity[0](x, s), velocity[2](x, s), 2.5)
     np.testing.assert_allclose(mean, guided[:2], rtol=1e-5)
+
+
+def test_what_is_none_is_not_guided():
+    """Where it is NaN, too, as conditions of real numbers have it; a label that its dtype does not hold is refused."""
+    x, u = jnp.ones((2, 1)), jnp.ones((2, 1))
+    m = lambda x, s, t, y: 7 * x
+    found = flow_maps.guided_target(m, jnp.array([0.5, jnp.nan]), jnp.nan, 3.0)(x, 0.1, u)
+    np.testing.assert_allclose(found[:, 0], [3 - 2 * 7, 1])
+    vectors = jnp.array([[0.5, 0.1], [jnp.nan, jnp.nan]])
+    np.testing.assert_allclose(flow_maps.guided_target(m, vectors, jnp.nan, 3.0)(x, 0.1, u), found)
+    with pytest.raises(ValueError, match="which cannot hold it"):
+        flow_maps.guided_target(m, jnp.zeros(2, jnp.uint8), 1000, 2.0)
+    with pytest.raises(TypeError, match="a label for no class is a whole number"):
+        flow_maps.guided_target(m, jnp.zeros(2, int), 2.7, 2.0)
+    with pytest.raises(ValueError, match="The output of mean_velocity_y has shape"):
+        flow_maps.guided_target(lambda x, s, t, y: x[:1], jnp.zeros(2, int), 2, 2.0)(x, 0.1, u)
 
 
 @given(st.integers(1, 64), st.floats(0, 1), st.integers(0, 2**30))
@@ -348,6 +410,7 @@ def first(x, *times):
     return x[:1]
 
 
+POINTS = marginals.flow_map(paths.Linear(), marginals.GaussianMixture(jnp.ones(2), jnp.array([[-1.0], [1.0]]), 0.0))
 INFINITE = targets.convert_field(paths.VariancePreserving(), lambda x, t: x, source=targets.noise, target=targets.velocity)
 
 
@@ -355,7 +418,7 @@ INFINITE = targets.convert_field(paths.VariancePreserving(), lambda x, t: x, sou
     ("call", "says"),
     [
         (lambda m: flow_maps.mean_flow(m, paths.Linear(), X, X, T, S), "s <= t"),
-        (lambda m: flow_maps.eulerian(m, lambda x, t: x, X, 0.9, 0.1), "s <= t"),
+        (lambda m: flow_maps.consistency(m, X, 0.9, X, 0.1, 1.0), "s <= t"),
         (lambda m: flow_maps.self_consistency(m, X, S, T, R), "s <= t"),
         (lambda m: flow_maps.mean_flow(m, paths.Linear(), X, X, 300, 400), "0, noise, to 1, data"),
         (lambda m: flow_maps.mean_flow(jnp.ones(3), paths.Linear(), X, X, S, T), "function"),
@@ -384,14 +447,36 @@ INFINITE = targets.convert_field(paths.VariancePreserving(), lambda x, t: x, sou
             lambda m: flow_maps.flow_map(lambda x, s, t: {"a": x["a"][:1]})({"a": X}, S, T),
             r"The output of mean_velocity has shape \(1, 1\)",
         ),
-        (lambda m: jax.jit(lambda x: flow_maps.lagrangian(m, lambda x, t: x, x, 0.9, 0.5))(X), "intervals go forward"),
+        (lambda m: jax.jit(lambda x: flow_maps.self_consistency(m, x, 0.5, 0.9, 0.7))(X), "intervals go forward"),
         *(
             (lambda m, times=times: flow_maps.from_velocity(INFINITE)(X, *times), "where it would be infinite")
             for times in [(0.0, 1.0), (0.5, np.float32([0.9, 1.0, 0.9, 0.6])), (1.0, 0.5)]
         ),
+        (lambda m: flow_maps.from_velocity(lambda x, t: x, 4, step=sampling.ddim(paths.Linear())), "which knows the times of a path"),
+        (lambda m: flow_maps.from_velocity(lambda x, t: x, 4, step=sampling.deis(paths.Linear(), 2)), "which knows the times of a path"),
+        (lambda m: flow_maps.flow_map(flow_maps.flow_map(m)), "mean_velocity is a flow map, but a mean velocity is taken"),
+        (
+            lambda m: flow_maps.self_consistency(m, X, S, S, T, teacher=flow_maps.from_velocity(lambda x, t: x)),
+            "teacher is a flow map, but a mean velocity is taken",
+        ),
+        (lambda m: flow_maps.lagrangian(m, lambda x, t: x, X, -0.5, T), "s is -0.5, but times go from 0"),
+        (lambda m: flow_maps.eulerian(m, lambda x, t: x, X.astype(int), S, T), "x has dtype int"),
+        (lambda m: flow_maps.eulerian(m, lambda x, t: x, {}, S, T), "a pytree without arrays"),
+        (lambda m: flow_maps.eulerian(lambda x, s, t: 1j * x, lambda x, t: x, X, S, T), "The output of mean_velocity is complex"),
+        (
+            lambda m: flow_maps.draw_interval(jax.random.key(0), 4, draw=lambda key, n: jnp.ones((n, 1))),
+            r"draw gave times of shape \(4, 1\)",
+        ),
+        (lambda m: flow_maps.draw_interval(jax.random.key(0), 4, draw=lambda key, n: 0.5), r"draw gave times of shape \(\)"),
+        (lambda m: flow_maps.draw_interval(jax.random.key(0), 4, draw=lambda key, n: 2 + jnp.ones(n)), "What draw gave has shape"),
+        (lambda m: flow_maps.guided_target(lambda x, s, t: x, jnp.zeros(3, int), 2, 1.5), r"it is called with \(x, s, t, y\)"),
+        (lambda m: sampling.sample_map(lambda x, s, t: 1j * x, X, [0.0, 1.0]), "The map's output is complex"),
+        (lambda m: sampling.sample_map(m, X, [0.0, 2.0]), "times go from 0 to 2, but a path goes from 0"),
+        (lambda m: sampling.sample_map_renewed(paths.Linear(), m, jax.random.key(0), X, [0.0, 1.0, 2.0]), "but a path goes from 0"),
+        (lambda m: sampling.sample_map(*sampling.reverse_map(POINTS, [0.0, 1.0])[:1], X, [0.0, 1.0]), "at which no noise is left"),
         (lambda m: flow_maps.adaptive(jnp.ones(3), constant=0.0), "constant"),
         (lambda m: flow_maps.draw_interval(jax.random.key(0), 4, equal=1.5), "equal"),
-        (lambda m: flow_maps.guided_target(m, jnp.zeros(3, int), 2, 1.0, 1.0), "mix"),
+        (lambda m: flow_maps.guided_target(lambda x, s, t, y: x, jnp.zeros(3, int), 2, 1.0, 1.0), "mix"),
         (lambda m: sampling.sample_map(jnp.ones(3), X, [0.0, 1.0]), "function"),
         (lambda m: sampling.sample_map(lambda x, s, t: x[:1], X, [0.0, 1.0]), "like x"),
         (lambda m: sampling.sample_map(m, X, [1.0, 0.0]), "increase"),

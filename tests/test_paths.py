@@ -166,6 +166,9 @@ def test_more_noise_is_of_a_path():
     for wrong in (3, "linear", None, paths.Linear, [paths.Linear()]):
         with pytest.raises(TypeError, match=r"path is .*(a path is an object with alpha|a pytree)"):
             paths.ScaledNoise(wrong, 2.0)
+    x = {"a": jnp.ones((1, 2)), "b": jnp.ones((1, 1))}
+    with pytest.raises(TypeError, match="path is joint, of several leaves: scale the noise of each"):
+        paths.ScaledNoise(paths.joint(paths.Linear(), x), 2.0)
 
 
 def test_a_rebuilt_path_costs_no_trace(key):

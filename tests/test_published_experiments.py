@@ -492,6 +492,10 @@ def test_features_of_inception(tmp_path, monkeypatch):
         ({"images": "no_images.npz"}, "The images: no_images.npz has no images"),
         ({"images": "three.npz"}, "There are 3 images on one side, but .* 3 nearest others: give more, or --no-neighbours"),
         ({"save": Path("photos.npz/")}, "--save is photos.npz: give the name of an .npz file"),
+        ({"save": Path("photos2.npz"), "images": "photos2.npz"}, "--save is photos2.npz, which is read: give another name"),
+        ({"channels": 2}, "--channels is 2: give 3 for RGB, or 1 for grey"),
+        ({"results": Path("photos")}, "--results is photos, a folder"),
+        ({"images": "one.npz", "neighbours": False}, "There is one image on one side, but a covariance is of two at least"),
         ({"save": Path("mean")}, "--save is mean: give the name of an .npz file, which --reference reads"),
         ({"save": Path("other.npz/mean.npz")}, "--save: .*exists"),
         ({"reference": None}, "Without --reference there is only the Inception score: give --reference"),
@@ -511,6 +515,8 @@ def test_what_cannot_be_compared_is_explained(tmp_path, monkeypatch, changes, sa
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3))
     np.savez(tmp_path / "spatial.npz", mu_s=np.zeros(3), sigma_s=np.eye(3))
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 5, 4, 3), np.uint8))
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 4, 4, 3), np.uint8))
+    np.savez(tmp_path / "photos2.npz", arr_0=np.zeros((4, 4, 4, 3), np.uint8))
     np.savez(tmp_path / "three.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
     np.savez(tmp_path / "no_images.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "three.npz").read_bytes()[:-40])

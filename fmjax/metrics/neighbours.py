@@ -15,6 +15,8 @@ from fmjax.metrics.sets import two
 
 _BLOCK = 2**25
 """Distances in memory at once: 50,000 samples have 2.5e9 pairs."""
+_ROUNDING = 2.0**-44
+"""Of a squared distance, beside the squares of the two vectors: what is nearer to a ball's edge is on it, and so in the ball."""
 
 
 def precision_recall(real, fake, k: int | np.integer = 3) -> tuple[float, float]:
@@ -74,17 +76,18 @@ def _sets(real, fake, k):
     real, fake = two(("real", "fake"), real, fake)
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"k is {k}, but real has {len(real)} samples and fake has {len(fake)}, and each needs k others in its set.")
-    # Products of vectors far from the origin lose the digits of their distances.
-    centre = real.mean(0, keepdims=True)
+    # Products of vectors far from the origin lose the digits of their distances; one far vector moves a mean, and no median.
+    centre = np.median(real, axis=0, keepdims=True)
     return real - centre, fake - centre
 
 
 def _rows(function, x, y):
-    """A function of the squared distances from each of x to all of y, in blocks of as many rows as fit into memory."""
+    """A function of the squared distances from each of x to all of y, and of their rounding, in blocks of rows that fit into memory."""
     squares = (y**2).sum(-1)
 
     def row(point):
-        return function(jnp.maximum((point**2).sum() + squares - 2 * jnp.matmul(y, point, precision="highest"), 0))
+        both = (point**2).sum() + squares
+        return function(jnp.maximum(both - 2 * jnp.matmul(y, point, precision="highest"), 0), _ROUNDING * both)
 
     return lax.map(row, x, batch_size=max(_BLOCK // len(y), 1))
 
@@ -92,16 +95,16 @@ def _rows(function, x, y):
 @functools.partial(jax.jit, static_argnames="k")
 def _radii(x, k):
     """The squared distance of each to the k-th nearest of the others; the nearest of all is itself."""
-    return _rows(lambda squares: -lax.top_k(-squares, k + 1)[0][k], x, x)
+    return _rows(lambda squares, rounding: -lax.top_k(-squares, k + 1)[0][k], x, x)
 
 
 @jax.jit
 def _balls(x, radii, y):
     """In how many balls around x each of y lies."""
-    return _rows(lambda squares: (squares <= radii).sum(), y, x)
+    return _rows(lambda squares, rounding: (squares <= radii + rounding).sum(), y, x)
 
 
 @jax.jit
 def _nearest(x, y):
-    """The squared distance from each of x to the nearest of y."""
-    return _rows(jnp.min, x, y)
+    """The squared distance from each of x to the nearest of y, at least, with its rounding."""
+    return _rows(lambda squares, rounding: (squares - rounding).min(), x, y)

@@ -240,7 +240,7 @@ def load_moments(path, mean="mu", covariance="sigma") -> Moments:
             f"{held[covariance].shape}, but they are (D,) and (D, D)."
         )
     try:
-        count = held["count"].read().item() if "count" in held else None
+        count = held["count"].read().item() if "count" in held and not held["count"].shape else None
         return Moments(held[mean].read(), held[covariance].read(), count)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has no moments as {mean} and {covariance}: {error}") from error

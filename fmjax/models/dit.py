@@ -209,7 +209,8 @@ class DiT(nn.Module):
     """Whether to compile one block and loop over it, its parameters stacked (see `stack`). Without `remat`, the backward pass finds the
     products of its layers and computes the rest again."""
     end_time: bool = False
-    """Whether the network has a second time, `end`: how far it is from t is embedded beside t (see `flow_maps`)."""
+    """Whether the network has a second time, `end`, for a flow map (see `flow_maps`): `model.apply(params, x, s, y, end=t)`. How far it is
+    from the first is embedded beside it, and at first adds nothing."""
 
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True, mask=None, end=None):
@@ -318,7 +319,8 @@ class DiT(nn.Module):
         space = x.shape[1:-1]
         if any(side % self.patch_size for side in space):
             raise ValueError(
-                f"x of {layers.by(space)} positions does not divide into patches of {layers.by([self.patch_size] * len(space))}: pad it."
+                f"x of {layers.by(space)} positions does not divide into patches of {layers.by([self.patch_size] * len(space))}: pad it, "
+                "and let channels stand last."
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of the number of heads, {self.num_heads}.")

@@ -69,7 +69,8 @@ class MLP(nn.Module):
     layer: Callable = plain
     """Makes the layers, `(features, activation)` to a function of h and of the embedding e: `plain` or `Residual`."""
     end_time: bool = False
-    """Whether the network has a second time, `end`: how far it is from t is another input, or embedded beside t (see `flow_maps`)."""
+    """Whether the network has a second time, `end`, for a flow map (see `flow_maps`): `model.apply(params, x, s, end=t)`. How far it is
+    from the first is another input, or with a `time_embedding` is embedded beside it and at first adds nothing."""
 
     @nn.compact
     def __call__(self, x, t, y=None, end=None):

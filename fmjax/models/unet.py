@@ -259,7 +259,8 @@ class UNet(nn.Module):
     """Whether a level may have as many channels as groups, which takes away the embedding that is added there: torchcfm's network for
     MNIST is published so."""
     end_time: bool = False
-    """Whether the network has a second time, `end`: how far it is from t is embedded beside t (see `flow_maps`)."""
+    """Whether the network has a second time, `end`, for a flow map (see `flow_maps`): `model.apply(params, x, s, y, end=t)`. How far it is
+    from the first is embedded beside it, and at first adds nothing."""
 
     @nn.compact
     def __call__(self, x, t, y=None, deterministic=True, end=None):

@@ -112,6 +112,8 @@ def from_tensors(
     for row in sorted(rows, key=lambda row: -shapes[row.path].size):
         tensor = np.asarray(tensors[row.name])
         given = tensor.shape
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"{row.name} has dtype {tensor.dtype}, but weights are real floats: read a file that is not quantised.")
         try:
             leaf = row.layout.read(tensor)
         except ValueError:

@@ -120,7 +120,8 @@ class Published:
           ValueError: if the network says no variance.
         """
         self._require_variance()
-        both = jnp.concatenate([jnp.full_like(y, null), y])
+        y = jnp.asarray(y)
+        both = jnp.concatenate([checks.null(null, y), y])
         combine = guidance.extrapolate if channels is None else guidance.channels(channels)
 
         def field(x, t):

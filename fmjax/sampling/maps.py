@@ -7,6 +7,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fmjax import checks, paths, states
+from fmjax.sampling.checks import check_range
 from fmjax.sampling.scan import follow
 from fmjax.sampling.steps import noise
 
@@ -27,14 +28,27 @@ def sample_map(flow_map, x_0, times, *, save=None) -> tuple[chex.ArrayDevice, ob
       x_1, like x_0, and what was saved, with a leading axis of n + 1 (None without `save`).
     Raises:
       TypeError: if x_0 is not of floats, or the map is no function.
-      ValueError: if the grid does not increase, or the map's output has another shape than x.
+      ValueError: if the grid does not increase or leaves [0, 1], or the map's output has another shape than x.
     """
     checks.function("flow_map", flow_map, checks.MAP)
     if (layout := states.layout(x_0)) is not None:
         flat = lambda x, s, t: layout.flatten("The map's output", flow_map(layout.unflatten(x, like=x_0), s, t))  # noqa: E731
         x_1, saved = sample_map(flat, layout.flatten("x_0", x_0), times, save=layout.of_state(save))
         return layout.unflatten(x_1, like=x_0), saved
+    _check_ends(flow_map, x_0, times)
     return follow(lambda index, state, x, t, dt: (None, _mapped(flow_map, x, t, t + dt)), lambda x, times: None, x_0, times, None, save, 1)
+
+
+def _check_ends(flow_map, x_0, times):
+    """Asks for the first and the last step where their times are known, for a map to say that it does not start or lead there."""
+    x_0 = checks.batch("x_0", x_0)
+    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
+    times = checks.grid(times, x_0.dtype)
+    check_range(times)
+    if not isinstance(times, Tracer):
+        for s, t in {(0, 1), (-2, -1)}:
+            start, end = np.asarray(times)[[s, t]]
+            jax.eval_shape(lambda x, start=start, end=end: _mapped(flow_map, x, start, end), x_0)
 
 
 def sample_map_renewed(path, flow_map, key, x_0, times) -> chex.ArrayDevice:
@@ -54,14 +68,15 @@ def sample_map_renewed(path, flow_map, key, x_0, times) -> chex.ArrayDevice:
       x_1, like x_0.
     Raises:
       TypeError: if x_0 is not of floats, the key is not typed, or the map is no function.
-      ValueError: if the grid does not increase, the keys are neither one nor one per example, or the map's output has another shape
-        than x.
+      ValueError: if the grid does not increase or leaves [0, 1], the keys are neither one nor one per example, or the map's output has
+        another shape than x.
     """
     checks.path(path)
     checks.function("flow_map", flow_map, checks.MAP)
     x_0 = checks.batch("x_0", x_0)
     checks.key(key, len(x_0))
     times = checks.grid(times, jnp.promote_types(x_0.dtype, jnp.float32))
+    _check_ends(flow_map, x_0, times)
     last = len(times) - 2
 
     fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in

@@ -540,11 +540,7 @@ def images_main(config):
     params = jax.jit(lambda key: network.init(key, x_1, 0.5, y, end=0.5))(jax.random.key(config.seed))
     field = None
     if config.init is not None:
-        folder = config.init / "checkpoints"
-        try:
-            params = field = checkpoints.restore_matching(folder, params, part="ema", new=("params.interval",))
-        except FileNotFoundError as error:
-            sys.exit(f"{error} --init is {config.init}: give the folder of a run of experiments.images.")
+        params = field = trained_field(config, params)
     classify = None if data.fit is None else data.fit(*data.train)
     report: dict[str, float] = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
     drawn, measured = {}, None if classify is None else references(config, data, classify, report)
@@ -565,6 +561,22 @@ def images_main(config):
     if config.results is not None:
         run_folder.record(config.results, config, report)
     run_folder.report(config.folder, report)
+
+
+def trained_field(config, params):
+    """The average of --init, where its network and its path are those here."""
+    try:
+        before = json.loads((config.init / "config.json").read_text())
+        # No parameter shows these; runs of experiments.images have but one value of the first two.
+        given = {"--time-scale": config.time_scale, "--qk-norm": config.qk_norm, "path": "Linear"}
+        was = {"--time-scale": before.get("time_scale", 1000.0), "--qk-norm": before.get("qk_norm", False)}
+        was["path"] = before.get("path", {}).get("type", "Linear")
+        for name, value in was.items():
+            if value != given[name]:
+                sys.exit(f"--init is {config.init}, whose {name} is {value}, and here it is {given[name]}: the field would be another.")
+        return checkpoints.restore_matching(config.init / "checkpoints", params, part="ema", new=("params.interval",))
+    except FileNotFoundError as error:
+        sys.exit(f"{error} --init is {config.init}: give the folder of a run of experiments.images.")
 
 
 def learn_images(config, data, network, objective, params, teacher):

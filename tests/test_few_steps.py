@@ -81,6 +81,14 @@ def test_a_trained_field_is_where_maps_begin(tmp_path):
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
     checkpoints.save(tmp_path / "demo" / "checkpoints" / "1", training.init(params, optax.adam(1e-3)))
     config = images(tmp_path / "run", init=tmp_path / "demo", objectives=("eulerian",), guidance=1.0, time_scale=1000.0, qk_norm=False)
+    settings = tmp_path / "demo" / "config.json"
+    settings.write_text(json.dumps({"path": {"type": "Cosine"}}))
+    with pytest.raises(SystemExit, match="whose path is Cosine, and here it is Linear"):
+        few_steps.main(config)
+    settings.write_text(json.dumps({"path": {"type": "Linear"}}))
+    for changes, said in (({"time_scale": 1.0}, "--time-scale is 1000.0, and here it is 1.0"), ({"qk_norm": True}, "--qk-norm is False")):
+        with pytest.raises(SystemExit, match=said):
+            few_steps.main(dataclasses.replace(config, **changes))
     with pytest.warns(UserWarning, match="interval is new"):
         few_steps.main(dataclasses.replace(config, learning_rate=0.0))
     trained = checkpoints.restore_part(config.folder / "eulerian" / "checkpoints", "ema")

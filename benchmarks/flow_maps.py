@@ -4,8 +4,8 @@
     python -m benchmarks.flow_maps --model DiT-B/4 --batch 128 --dtype bfloat16 --only train          on a GPU
 
 `train`: a step of MeanFlow, and of its improved form, over one of flow matching, of the same network with two times, on the same batch
-of latents of 32 x 32 x 4 with labels, with AdamW and an average of the parameters. MeanFlow adds a derivative forwards to a forward pass
-and a backward one of twice its cost, so that 4/3 is the least; the improved form evaluates the velocity besides. `sample`: one step of
+of latents of 32 x 32 x 4 with labels, with AdamW and an average of the parameters. MeanFlow adds a derivative forwards, about as much as a
+forward pass, to one and a backward pass of twice its cost or more; the improved form evaluates the velocity besides. `sample`: one step of
 the map over twenty Euler steps of the field. Attention is XLA's, since that of cuDNN has no derivative forwards.
 """
 

@@ -119,6 +119,8 @@ def function(name, value, wanted) -> None:
         # A tree of parameters is long.
         given = repr(value) if value is None or isinstance(value, str | int | float | type) else f"a {type(value).__name__}"
         raise TypeError(f"{name} is {given}, but it is a function, such as {wanted}.")
+    if hasattr(value, "apply") and getattr(value, "scope", value) is None:
+        raise TypeError(f"{name} is the module {type(value).__name__}, without its parameters: give a function of them, such as {wanted}.")
     if wanted.startswith("lambda ") and not takes(value, (arguments := wanted[7:].partition(":")[0]).split(",")):
         raise TypeError(
             f"{name} is a function of {inspect.signature(value)}, but it is called with ({arguments}), as in {wanted}: give it those "

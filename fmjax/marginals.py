@@ -420,9 +420,8 @@ def _transport_jvp(primals, tangents):
     slope = jax.jvp(lambda y: _excess(y, x, *laws), (y,), (jnp.ones_like(y),))[1]
     # Where y is a point of data, all of x nearby is carried to it.
     log_weights, centers, widths, new_centers, new_widths = laws
-    log_weights, centers, widths, new_centers, new_widths = laws
     eps, points, apart = jnp.finfo(y.dtype).eps, new_widths == 0, y[..., None] - new_centers
-    at = points & (log_weights > -jnp.inf)[None, None] & (jnp.abs(apart) <= 8 * eps * jnp.abs(new_centers))
+    at = points & (log_weights > -jnp.inf)[None, None] & (jnp.abs(apart) <= 8 * (eps * jnp.abs(new_centers) + jnp.finfo(y.dtype).tiny))
     found, weights = at.any(-1), jnp.exp(log_weights)[None, None]
     # In time it moves with its component, and with that share of its noise which lies below x.
     below = jnp.where(points, apart > 0, ndtr(apart / jnp.where(points, 1, new_widths)))

@@ -255,7 +255,8 @@ def test_points_are_reached_and_not_left():
 def test_derivatives_where_points_are_reached(x64):
     """0 in space, where all nearby goes to one point, beside a component that has a width too; in time the limit's."""
     x = jnp.array([-3.0, -0.1, 0.1, 0.8, 3.0])[:, None]
-    for data in (line(0.0), line(jnp.array([0.0, 0.7, 0.0])), marginals.GaussianMixture(jnp.ones(1), jnp.array([[0.7]]), 0.0)):
+    around = marginals.GaussianMixture(jnp.ones(3), jnp.array([[-1.0], [0.0], [1.0]]), 0.0)
+    for data in (line(0.0), line(jnp.array([0.0, 0.7, 0.0])), around, marginals.GaussianMixture(jnp.ones(1), jnp.array([[0.7]]), 0.0)):
         flow = marginals.flow_map(LINEAR, data)
         arrived = np.isclose(flow(x, 0.0, 1.0), np.asarray(data.means)[np.broadcast_to(data.scales, len(data.means)) == 0].T).any(1)
         assert arrived.any()

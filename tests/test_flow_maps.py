@@ -422,6 +422,8 @@ INFINITE = targets.convert_field(paths.VariancePreserving(), lambda x, t: x, sou
         (lambda m: flow_maps.self_consistency(m, X, S, T, R), "s <= t"),
         (lambda m: flow_maps.mean_flow(m, paths.Linear(), X, X, 300, 400), "0, noise, to 1, data"),
         (lambda m: flow_maps.mean_flow(jnp.ones(3), paths.Linear(), X, X, S, T), "function"),
+        (lambda m: flow_maps.flow_map(mlp.MLP(end_time=True)), "mean_velocity is the module MLP, without its parameters"),
+        (lambda m: sampling.sample_ode(mlp.MLP(), jnp.asarray(X), [0.0, 1.0]), "field is the module MLP, without its parameters"),
         (lambda m: flow_maps.lagrangian(m, jnp.ones(3), X, S, T), "function"),
         (lambda m: flow_maps.from_velocity(lambda x, t: x, 0), "steps"),
         *(

@@ -154,9 +154,9 @@ class Images:
 
     def batches(self):
         for start in range(0, self.count, self.config.batch):
-            yield self.some(start, min(start + self.config.batch, self.count))
+            yield self.slice(start, min(start + self.config.batch, self.count))
 
-    def some(self, start, stop):
+    def slice(self, start, stop):
         return self.array[start:stop] if self.array is not None else self.read(self.files[start:stop])
 
     def read(self, files):
@@ -197,14 +197,14 @@ def compare(config, network):
     reference = config.reference
     with run_folder.explained("The images"):
         given = Images(config.images, config, config.count)
-        sizes = dimensions(network, given.some(0, 1))
+        sizes = dimensions(network, given.slice(0, 1))
     # What is wrong with the reference is said before hours of features.
     with run_folder.explained("--reference"):
         references = {} if reference is None else statistics(reference)
         images_too = reference is not None and (not references or (config.neighbours and "arr_0" in stored(reference)))
         others = Images(reference, config) if images_too else None
         require_alike(reference, references, sizes)
-        if others is not None and dimensions(network, others.some(0, 1)) != sizes:
+        if others is not None and dimensions(network, others.slice(0, 1)) != sizes:
             raise ValueError(f"{reference} has images of another size than {config.images}: give --size, which images of folders get.")
     if config.save is not None:
         with run_folder.explained("--save"):

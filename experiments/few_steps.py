@@ -1,4 +1,4 @@
-"""Samples in one, two and four evaluations: the objectives of `flow_maps` beside the flow, on points, digits, clothes and latents.
+"""Samples in one, two and four evaluations: the objectives of `flow_maps` beside the flow, on points, digits, Fashion-MNIST and latents.
 
     python -m experiments.few_steps points                                   three sets, five seeds, in runs/few_steps/points
     python -m experiments.few_steps points --sets moons --steps 1000         a trial

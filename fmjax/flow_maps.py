@@ -88,7 +88,7 @@ def _checked(name, function, example=NETWORK) -> Callable:
     return like_x
 
 
-def _wide(time) -> chex.ArrayDevice:
+def _as_float(time) -> chex.ArrayDevice:
     """A time as a float of 32 bits at least; what is known stays so inside `jax.jit`, for the checks of fields where paths end."""
     with jax.ensure_compile_time_eval():
         return jnp.asarray(time, jnp.promote_types(jnp.result_type(float, time), jnp.float32))
@@ -117,7 +117,7 @@ def flow_map(mean_velocity) -> FlowMap:
       TypeError: if it is no function.
     """
     mean_velocity = _checked("mean_velocity", mean_velocity)
-    return _known(lambda x, s, t: _move(x, _wide(t) - _wide(s), mean_velocity(x, s, t)))
+    return _known(lambda x, s, t: _move(x, _as_float(t) - _as_float(s), mean_velocity(x, s, t)))
 
 
 def mean_velocity(flow_map) -> FlowMap:
@@ -135,7 +135,7 @@ def mean_velocity(flow_map) -> FlowMap:
     flow_map = _checked("flow_map", flow_map, checks.MAP)
 
     def mean(x, s, t):
-        s, t = _wide(s), _wide(t)
+        s, t = _as_float(s), _as_float(t)
         like = jax.tree.map(lambda leaf: checks.floats("x", leaf), x)
         # In half precision the two ends of a short interval are one.
         x = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), like)
@@ -190,7 +190,7 @@ def from_velocity(field, steps=1, *, step=sampling.heun) -> FlowMap:
         raise TypeError(f"step is {step!r}, which knows the times of a path, but intervals here have their own: take sampling.heun.")
 
     def mapped(x, s, t):
-        s, t = _wide(s), _wide(t)
+        s, t = _as_float(s), _as_float(t)
 
         def scaled(x, a):
             with jax.ensure_compile_time_eval():

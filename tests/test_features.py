@@ -408,9 +408,11 @@ def test_neighbours_on_the_edge_of_a_ball_are_in_it(seed):
         radii = [np.sort(between(each, each), axis=1)[:, 2] for each in (real, fake)]
         inside = between(real, fake)
         expected = (inside <= radii[0][:, None]).any(0).mean(), (inside <= radii[1][None]).any(1).mean()
-        assert metrics.precision_recall(real, fake, 2) == pytest.approx(expected)
+        # Of bytes as pixels from 0 to 1, which float64 rounds.
+        pixels = real / 255, fake / 255
+        assert metrics.precision_recall(*pixels, 2) == pytest.approx(expected)
         balls = (inside <= radii[0][:, None]).sum(0).mean() / 2, (inside.min(1) <= radii[0]).mean()
-        assert metrics.density_coverage(real, fake, 2) == pytest.approx(balls)
+        assert metrics.density_coverage(*pixels, 2) == pytest.approx(balls)
 
 
 def test_one_far_vector_does_not_change_the_others():

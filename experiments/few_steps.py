@@ -132,6 +132,12 @@ def eulerian(m, given):
     return flow_maps.adaptive(flow_maps.eulerian(m, given.field, *interval(given)), given.config.power)
 
 
+def progressive_distillation(m, given):
+    """A step as two steps of the trained field's map are."""
+    teacher = flow_maps.mean_velocity(flow_maps.from_velocity(given.field, 2))
+    return beside_flow(m, given, lambda m, x, s, t: flow_maps.self_consistency(m, x, s, (s + t) / 2, t, teacher=teacher))
+
+
 def lagrangian(m, given):
     """The end of the map moves with the trained field."""
     return flow_maps.lagrangian(m, given.field, *interval(given))
@@ -145,6 +151,7 @@ Name = Literal[
     "self_distillation",
     "consistency_training",
     "consistency_distillation",
+    "progressive_distillation",
     "eulerian",
     "lagrangian",
 ]
@@ -156,10 +163,11 @@ OBJECTIVES: dict[Name, Callable] = {
     "self_distillation": self_distillation,
     "consistency_training": consistency_training,
     "consistency_distillation": consistency_distillation,
+    "progressive_distillation": progressive_distillation,
     "eulerian": eulerian,
     "lagrangian": lagrangian,
 }
-DISTILLED = "consistency_distillation", "eulerian", "lagrangian"
+DISTILLED = "consistency_distillation", "progressive_distillation", "eulerian", "lagrangian"
 """Those that need a trained field."""
 TO_DATA = "consistency_training", "consistency_distillation"
 """Those that learn maps to data alone."""
